@@ -1,0 +1,93 @@
+"""What happens to a batch on the device: normalisation, mixup and CutMix. Pure JAX, static shapes.
+
+Both mixtures pair each example with its neighbour in the batch (a roll by one). A shuffled batch makes that a random
+partner, and where the batch is sharded only one image crosses each shard's border; reversing the batch would move all.
+"""
+
+import jax
+import jax.numpy as jnp
+
+
+def normalize(images, mean, std, dtype=jnp.float32):
+    """(images / 255 - mean) / std, computed in float32.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        mean: three floats, of RGB in [0, 1].
+        std: likewise.
+        dtype: of the result.
+
+    Returns:
+        [B, H, W, 3] of `dtype`.
+    """
+    mean, std = jnp.asarray(mean, jnp.float32), jnp.asarray(std, jnp.float32)
+    return ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def mixup(rng, images, label_probabilities, alpha: float):
+    """Blends each example with its partner (arXiv 1710.09412, equation 2); one Beta(alpha, alpha) weight a batch.
+
+    Args:
+        rng: JAX key.
+        images: float [B, H, W, 3].
+        label_probabilities: float [B, K].
+        alpha: static; 0: nothing is mixed.
+
+    Returns:
+        images and label_probabilities, mixed; shapes and dtypes as given.
+    """
+    if not alpha:
+        return images, label_probabilities
+    share = jax.random.beta(rng, alpha, alpha)
+    return _blend(share, images), _blend(share, label_probabilities)
+
+
+def cutmix(rng, images, label_probabilities, alpha: float):
+    """Pastes a rectangle of the partner into each example (arXiv 1905.04899, section 3.1); one rectangle a batch.
+
+    The rectangle has the image's proportions, its area's share is 1 - Beta(alpha, alpha), its centre is uniform. Labels
+    mix by the exact share of pixels that stay, after the rectangle is clipped to the image.
+
+    Args and returns: as `mixup`.
+    """
+    if not alpha:
+        return images, label_probabilities
+    size_rng, y_rng, x_rng = jax.random.split(rng, 3)
+    side = jnp.sqrt(1 - jax.random.beta(size_rng, alpha, alpha))  # as a share of the image's
+    h, w = images.shape[1:3]
+    pasted = _span(y_rng, h, side)[:, None] & _span(x_rng, w, side)[None, :]  # [H, W]
+    images = jnp.where(pasted[None, :, :, None], _partner(images), images)
+    return images, _blend(1 - jnp.mean(pasted, dtype=jnp.float32), label_probabilities)
+
+
+def mix(rng, images, label_probabilities, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
+    """Mixup, CutMix, neither, or, with both alphas positive, one of the two by a fair coin a batch.
+
+    Args and returns: as `mixup`.
+    """
+    if not (mixup_alpha and cutmix_alpha):
+        images, label_probabilities = mixup(rng, images, label_probabilities, mixup_alpha)
+        return cutmix(rng, images, label_probabilities, cutmix_alpha)
+    coin_rng, mix_rng = jax.random.split(rng)
+    return jax.lax.cond(
+        jax.random.bernoulli(coin_rng),
+        lambda: mixup(mix_rng, images, label_probabilities, mixup_alpha),
+        lambda: cutmix(mix_rng, images, label_probabilities, cutmix_alpha),
+    )
+
+
+def _partner(x):
+    return jnp.roll(x, 1, axis=0)
+
+
+def _blend(share, x):
+    share = share.astype(x.dtype)
+    return share * x + (1 - share) * _partner(x)
+
+
+def _span(rng, length: int, side):
+    """Bool [length]: a run of round(side * length) places about a uniform centre, clipped to the ends."""
+    run = jnp.round(side * length).astype(jnp.int32)
+    start = jax.random.randint(rng, (), 0, length) - run // 2
+    places = jnp.arange(length)
+    return (places >= start) & (places < start + run)
