@@ -1,9 +1,9 @@
 """Input: sources of labelled images, their transforms, batches as a function of the step, and mixing on the device."""
 
+from halonet_jax.data import randaugment
 from halonet_jax.data.errors import CorruptImage, DataError
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.mixing import cutmix, mix, mixup, normalize
-from halonet_jax.data.randaugment import OPS, randaugment
 from halonet_jax.data.sources import DigitsSource, Example, FolderSource, Source, TfdsSource, open_source
 from halonet_jax.data.transforms import (
     center_crop,
@@ -16,7 +16,6 @@ from halonet_jax.data.transforms import (
 )
 
 __all__ = [
-    "OPS",
     "CorruptImage",
     "DataError",
     "DigitsSource",

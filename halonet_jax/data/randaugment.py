@@ -191,8 +191,8 @@ OPS: dict[str, Callable[[np.ndarray, float, np.random.Generator], np.ndarray]] =
 
 
 def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Maps every value by `table`, [256] or [256, 3], rounded down and clipped to 0..255."""
-    table = np.clip(table, 0, 255).astype(np.uint8)
+    """Maps every value by `table`, [256] or [256, 3], rounded and clipped to 0..255."""
+    table = np.clip(np.rint(table), 0, 255).astype(np.uint8)
     return cv2.LUT(image, table if table.ndim == 1 else table[:, None, :])
 
 

@@ -1,0 +1,293 @@
+"""The loader's law: a batch is a function of its step alone; every example counts; faults are named."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from halonet_jax import data
+
+
+class Numbered:
+    """n images of one gray level each, numbered; those in `broken` don't decode."""
+
+    class_names = tuple("abcde")
+    num_classes = 5
+
+    def __init__(self, n, broken=(), label=lambda i: i % 5):
+        self.n, self.broken, self.label = n, broken, label
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise self.broken[index] if isinstance(self.broken, dict) else data.CorruptImage("bad bytes")
+        return data.Example(np.full((8, 8, 3), index, np.uint8), self.label(index), self.name(index))
+
+    def name(self, index):
+        return f"numbered[{index}]"
+
+
+def take(loader, count):
+    with loader:
+        return [next(loader) for _ in range(count)]
+
+
+def numbers(batches):
+    return np.concatenate([b["image"][:, 0, 0, 0] for b in batches])
+
+
+def assert_same(batches, others):
+    assert len(batches) == len(others)
+    for a, b in zip(batches, others):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+@pytest.fixture
+def plain(data_config):
+    """No augmentation: an image's number survives."""
+    return lambda **kwargs: data_config(flip=False, randaugment_layers=0, image_size=8, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def digits(data_config):
+    return data.open_source(data_config(), "train")
+
+
+@pytest.fixture(scope="module")
+def reference(digits, data_config):
+    """60 augmented batches of 48: two epochs and a little more."""
+    return take(data.train_batches(digits, data_config(), batch_size=48, seed=1), 62)
+
+
+# --- training
+
+
+def test_batches_are_plain_arrays(reference):
+    for batch in reference:
+        assert batch.keys() == {"image", "label"}
+        assert type(batch["image"]) is type(batch["label"]) is np.ndarray
+        assert batch["image"].shape == (48, 16, 16, 3) and batch["image"].dtype == np.uint8
+        assert batch["label"].shape == (48,) and batch["label"].dtype == np.int32
+        assert batch["image"].flags.c_contiguous
+
+
+@pytest.mark.parametrize("step", [1, 29, 30, 59])
+def test_starting_at_a_step_gives_its_batch(digits, data_config, reference, step):
+    loader = data.train_batches(digits, data_config(), batch_size=48, seed=1, start_step=step)
+    assert_same(take(loader, 2), reference[step : step + 2])
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_out_the_batch(digits, data_config, reference, count):
+    parts = [
+        take(data.train_batches(digits, data_config(), batch_size=48, seed=1, process_index=p, process_count=count), 3)
+        for p in range(count)
+    ]
+    joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in ("image", "label")} for i in range(3)]
+    assert_same(joined, reference[:3])
+
+
+@pytest.mark.parametrize(
+    "how", [{"num_threads": 1}, {"num_threads": 7, "prefetch": 1}, {"num_threads": 0}, {"num_workers": 2}]
+)
+def test_threads_and_workers_change_nothing(digits, data_config, reference, how):
+    loader = data.train_batches(digits, data_config(**how), batch_size=48, seed=1, start_step=28)
+    assert_same(take(loader, 5), reference[28:33])
+
+
+def test_seeds_differ(digits, data_config, reference):
+    other = take(data.train_batches(digits, data_config(), batch_size=48, seed=2), 1)
+    assert not np.array_equal(other[0]["label"], reference[0]["label"])
+
+
+@pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (1, 2)])
+def test_epochs_are_permutations_without_remainder(plain, n, batch_size):
+    loader = data.train_batches(Numbered(n), plain(), batch_size=batch_size, seed=0)
+    order = numbers(take(loader, 6 * n))[: 6 * n].reshape(6, n)
+    np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (6, 1)))
+    assert n < 7 or len({tuple(epoch) for epoch in order}) == 6
+
+
+def test_augmentation_differs_between_epochs_and_examples(data_config):
+    source = Numbered(2)
+    source.__class__ = type("Same", (Numbered,), {"__getitem__": lambda s, i: data.Example(IMAGE, 0, "same")})
+    loader = data.train_batches(source, data_config(randaugment_layers=0), batch_size=2, seed=0)
+    images = np.concatenate([b["image"] for b in take(loader, 4)])
+    assert len({image.tobytes() for image in images}) == 8
+
+
+IMAGE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+
+
+# --- evaluation
+
+
+@pytest.mark.parametrize("n, batch_size", [(20, 4), (21, 4), (3, 8), (8, 8)])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_eval_counts_every_example_once(plain, n, batch_size, count):
+    seen = []
+    for p in range(count):
+        loader = data.eval_batches(Numbered(n), plain(), batch_size=batch_size, process_index=p, process_count=count)
+        batches = list(loader)
+        assert len(batches) == len(loader) == -(-n // batch_size)
+        for batch in batches:
+            assert batch["image"].shape == (batch_size // count, 8, 8, 3) and batch["mask"].dtype == bool
+            assert not batch["image"][~batch["mask"]].any() and not batch["label"][~batch["mask"]].any()
+        seen.append(np.stack([np.where(b["mask"], b["image"][:, 0, 0, 0].astype(int), -1) for b in batches]))
+    order = np.concatenate(seen, axis=1).ravel()
+    np.testing.assert_array_equal(order, np.r_[np.arange(n), np.full(len(order) - n, -1)])
+
+
+def test_eval_with_workers(data_config):
+    source = data.open_source(data_config(), "test")
+    loaders = (data.eval_batches(source, data_config(num_workers=w), batch_size=80) for w in (0, 2))
+    first, second = map(list, loaders)
+    assert len(first) == 5 and sum(b["mask"].sum() for b in first) == 360
+    assert_same(first, second)
+
+
+# --- corrupt images
+
+
+@pytest.fixture
+def broken_folder(data_config, image_folder):
+    """Twelve images, of which three, in different ways, are none."""
+    root = image_folder({"train": ("ant", "bee")}, per_class=6)
+    whole = (root / "train" / "ant" / "1.jpg").read_bytes()
+    (root / "train" / "ant" / "1.jpg").write_bytes(whole[: len(whole) // 2])
+    (root / "train" / "bee" / "0.jpg").write_bytes(b"")
+    (root / "train" / "bee" / "5.jpg").write_text("<html>not found</html>")
+    return lambda **kwargs: data_config(source="folder", dir=str(root), **kwargs)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    lines = []
+    monkeypatch.setattr("absl.logging.warning", lambda message, *args: lines.append(message % args))
+    return lines
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_train_replaces_and_names_corrupt_images(broken_folder, warnings, workers):
+    config = broken_folder(num_workers=workers)
+    source = data.open_source(config, "train")
+    loader = data.train_batches(source, config, batch_size=12, seed=0)
+    labels = [sorted(b["label"]) for b in take(loader, 3)]
+    # 1 -> 2 (ant), 6 -> 7 (bee), 11 -> 0 (ant)
+    assert labels == [[0] * 7 + [1] * 5] * 3
+    assert loader.num_corrupt == 9
+    assert len(warnings) == 3
+    assert [sum(f in line for line in warnings) for f in ("ant/1.jpg", "bee/0.jpg", "bee/5.jpg")] == [1, 1, 1]
+
+
+def test_count_is_of_batches_handed_out(broken_folder, warnings):
+    config = broken_folder()
+    loader = data.train_batches(data.open_source(config, "train"), config, batch_size=12, seed=0)
+    assert loader.num_corrupt == 0
+    take(loader, 1)
+    assert loader.num_corrupt == 3
+
+
+def test_replacement_obeys_the_law(plain, warnings):
+    """Number 3 is corrupt: 4 stands in for it, whatever the processes."""
+    source = Numbered(6, broken=(3,))
+    whole = numbers(take(data.train_batches(source, plain(), batch_size=6, seed=0), 2))
+    assert sorted(whole[:6]) == [0, 1, 2, 4, 4, 5]
+    halves = [
+        numbers(take(data.train_batches(source, plain(), batch_size=6, seed=0, process_index=p, process_count=2), 1))
+        for p in range(2)
+    ]
+    np.testing.assert_array_equal(np.concatenate(halves), whole[:6])
+
+
+def test_eval_masks_corrupt_images(broken_folder, warnings):
+    config = broken_folder()
+    loader = data.eval_batches(data.open_source(config, "train"), config, batch_size=8)
+    mask = np.concatenate([b["mask"] for b in loader])
+    assert np.flatnonzero(~mask).tolist() == [1, 6, 11, 12, 13, 14, 15]
+    assert loader.num_corrupt == 3 and len(warnings) == 3
+
+
+@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stop_names_the_file_and_the_remedy(broken_folder, start, workers):
+    config = broken_folder(on_corrupt="stop", num_workers=workers)
+    loader = start(data.open_source(config, "train"), config, batch_size=12)
+    with pytest.raises(data.DataError, match=r"(ant/1|bee/0|bee/5)\.jpg: .*--config\.data\.on_corrupt=skip"):
+        next(loader)
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_vanished_files_count_as_corrupt(broken_folder, warnings):
+    config = broken_folder()
+    source = data.open_source(config, "train")
+    (gone := next(p for p in [source.name(3)])) and __import__("os").remove(gone)
+    loader = data.eval_batches(source, config, batch_size=12)
+    assert not next(loader)["mask"][3] and any(gone in line for line in warnings)
+    loader.close()
+
+
+def test_too_many_corrupt_images_stop_the_run(plain, warnings):
+    loader = data.train_batches(Numbered(40, broken=range(40)), plain(), batch_size=2, seed=0)
+    with pytest.raises(data.DataError, match="16 images in a row"):
+        next(loader)
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+def test_labels_out_of_range_stop_the_run(plain, label, start):
+    loader = start(Numbered(4, label=lambda i: label if i == 2 else 0), plain(), batch_size=4)
+    with pytest.raises(data.DataError, match=rf"numbered\[2\] has label {label}; labels run from 0 to 4"):
+        next(loader)
+
+
+# --- arguments and life
+
+
+@pytest.mark.parametrize(
+    "arguments, config, message",
+    [
+        ({"batch_size": 6, "process_count": 4}, {}, "batch_size 6 .* 4 processes; use 4"),
+        ({"batch_size": 0}, {}, "batch_size 0"),
+        ({"batch_size": 4, "process_index": 2, "process_count": 2}, {}, "process_index 2"),
+        ({"batch_size": 4}, {"on_corrupt": "ignore"}, "'ignore'.*skip, stop"),
+        ({"batch_size": 4}, {"randaugment_ops": ("rotat",)}, "'rotat'.*rotate"),
+    ],
+)
+@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+def test_wrong_arguments(data_config, arguments, config, message, start):
+    with pytest.raises(data.DataError, match=message):
+        start(Numbered(4), data_config(**config), **arguments)
+
+
+def test_wrong_seed_and_empty_source(data_config):
+    with pytest.raises(data.DataError, match="seed -1"):
+        data.train_batches(Numbered(4), data_config(), batch_size=2, seed=-1)
+    with pytest.raises(data.DataError, match="no example"):
+        data.eval_batches(Numbered(0), data_config(), batch_size=2)
+
+
+def test_train_has_no_length(data_config):
+    with data.train_batches(Numbered(4), data_config(), batch_size=2, seed=0) as loader, pytest.raises(TypeError):
+        len(loader)
+
+
+def test_close_ends_the_threads(data_config, digits):
+    before = set(threading.enumerate())
+    loader = data.train_batches(digits, data_config(num_threads=3), batch_size=8, seed=0)
+    next(loader)
+    assert len(set(threading.enumerate()) - before) >= 3
+    loader.close()
+    loader.close()
+    deadline = time.monotonic() + 10
+    while set(threading.enumerate()) - before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+    with pytest.raises(StopIteration):
+        next(loader)

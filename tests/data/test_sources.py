@@ -1,0 +1,194 @@
+"""Sources: what they hold, and that each mistake gets an error that says what to do."""
+
+import pathlib
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from halonet_jax import data
+
+HERE = pathlib.Path(__file__).parent
+
+
+def _error(config, split):
+    with pytest.raises(data.DataError) as e:
+        data.open_source(config, split)
+    return str(e.value)
+
+
+def test_unknown_source(data_config):
+    assert "tfds, folder, digits" in _error(data_config(source="hdf5"), "train")
+
+
+# --- digits
+
+
+def test_digits_splits_are_disjoint_and_complete(data_config):
+    train, test = (data.open_source(data_config(), s) for s in ("train", "test"))
+    assert (len(train), len(test)) == (1437, 360)
+    assert train.num_classes == 10 and train.class_names == tuple("0123456789")
+    images = {s[i].image.tobytes() for s in (train, test) for i in range(len(s))}
+    assert len(images) == 1797
+
+
+def test_digits_split_is_stratified(data_config):
+    def shares(split):
+        source = data.open_source(data_config(), split)
+        return np.bincount([source[i].label for i in range(len(source))], minlength=10) / len(source)
+
+    np.testing.assert_allclose(shares("train"), shares("test"), atol=0.004)
+
+
+def test_digits_example(data_config):
+    example = data.open_source(data_config(), "test")[3]
+    assert example.image.shape == (8, 8, 3) and example.image.dtype == np.uint8
+    assert example.image.max() == 255 and example.name == "digits/test[3]"
+
+
+def test_digits_split_is_fixed(data_config):
+    source = data.open_source(data_config(), "test")
+    assert [source[i].label for i in range(12)] == [1, 4, 8, 6, 5, 9, 9, 1, 3, 2, 2, 2]
+
+
+def test_digits_unknown_split(data_config):
+    assert "'validation'" in (message := _error(data_config(), "validation")) and "train, test" in message
+
+
+# --- folder
+
+
+def test_folder_holds_every_image_once(data_config, image_folder):
+    root = image_folder({"train": ("bee", "ant"), "val": ("bee",)})
+    (root / "train" / "ant" / "X.JPEG").write_bytes(b"x")
+    (root / "train" / "ant" / "notes.txt").write_bytes(b"x")
+    (root / "train" / "ant" / "._0.jpg").write_bytes(b"x")
+    (root / "train" / "bee" / "more").mkdir()
+    (root / "train" / "bee" / "more" / "y.webp").write_bytes(b"y")
+    config = data_config(source="folder", dir=str(root))
+    source = data.open_source(config, "train")
+    assert source.class_names == ("ant", "bee") and source.num_classes == 2
+    names = [pathlib.Path(source[i].name).relative_to(root / "train").as_posix() for i in range(len(source))]
+    assert names == ["ant/0.jpg", "ant/1.jpg", "ant/2.jpg", "ant/X.JPEG"] + [
+        "bee/0.jpg", "bee/1.jpg", "bee/2.jpg", "bee/more/y.webp"
+    ]  # fmt: skip
+    assert [source[i].label for i in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert source[3].image == b"x"
+    # A class that only train has keeps its number in the eval split.
+    assert {data.open_source(config, "val")[i].label for i in range(3)} == {1}
+
+
+@pytest.mark.parametrize("have, want", [("val", "validation"), ("validation", "val"), ("test", "validation")])
+def test_folder_suggests_the_eval_split_there_is(data_config, image_folder, have, want):
+    root = image_folder({"train": ("ant",), have: ("ant",)})
+    assert f"--config.data.eval_split={have}" in _error(data_config(source="folder", dir=str(root)), want)
+
+
+def test_folder_suggests_the_train_split_there_is(data_config, image_folder):
+    config = data_config(source="folder", dir=str(image_folder({"training": ("ant",)})))
+    assert "--config.data.train_split=training" in _error(config, "train")
+
+
+@pytest.mark.parametrize("directory", ["", "/no/such/folder"])
+def test_folder_missing(data_config, directory):
+    assert "--config.data.dir" in _error(data_config(source="folder", dir=directory), "train")
+
+
+def test_folder_mistakes(data_config, image_folder):
+    root = image_folder({"train": ("ant", "bee"), "val": ("ant", "wasp")})
+    config = data_config(source="folder", dir=str(root))
+    assert "wasp" in _error(config, "val")
+    (root / "train" / "cow").mkdir()
+    assert "cow" in (message := _error(config, "train")) and "remove the folder" in message
+    (root / "empty").mkdir()
+    assert "holds no image" in _error(config, "empty")
+    config.train_split = "empty"
+    assert "no class folders" in _error(config, "empty")
+    assert "nor any other" in _error(data_config(source="folder", dir=str(root / "empty")), "train")
+
+
+# --- TFDS
+
+
+@pytest.fixture(scope="session")
+def prepare(tmp_path_factory):
+    """Prepares a set in a process of its own: there TFDS needs TensorFlow, here it must not."""
+    done = {}
+
+    def run(name, file_format):
+        if (name, file_format) not in done:
+            folder = tmp_path_factory.mktemp("tfds")
+            code = (
+                "import tensorflow_datasets as tfds; from tfds_sets import tiny_images\n"
+                f"tfds.builder('{name}', data_dir='{folder}', file_format='{file_format}').download_and_prepare()"
+            )
+            subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
+            done[name, file_format] = str(folder)
+        return done[name, file_format]
+
+    return run
+
+
+@pytest.fixture
+def tiny(data_config, prepare):
+    return data_config(source="tfds", name="tiny_images", dir=prepare("tiny_images", "array_record"))
+
+
+@pytest.mark.parametrize("split, count", [("train", 20), ("validation", 7), ("train[:90%]", 18)])
+def test_tfds_reads_every_example(tiny, split, count):
+    source = data.open_source(tiny, split)
+    assert len(source) == count and source.class_names == ("even", "odd")
+    numbers = []
+    for i in range(count):
+        example = source[i]
+        number = data.decode(example.image)[0, 0, 0] // 10
+        assert example.label == number % 2 and example.name == f"tiny_images/{split}[{i}]"
+        numbers.append(number)
+    assert len(set(numbers)) == count
+
+
+def test_tfds_source_travels(tiny):
+    source = data.open_source(tiny, "train")
+    pickled = pickle.dumps(source)
+    assert len(pickled) < 1000
+    assert pickle.loads(pickled)[5] == source[5]
+
+
+def test_tfds_reads_without_tensorflow(tiny):
+    """TensorFlow would take the accelerator's memory, and seconds to import."""
+    code = (
+        "import sys; from halonet_jax import data\n"
+        f"s = data.TfdsSource('tiny_images', {tiny.dir!r}, 'train'); s[0]\n"
+        "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[1])
+
+
+def test_tfds_unknown_split(tiny):
+    assert "train, validation" in _error(tiny, "test")
+    assert "train[:90%]" in _error(tiny, "train[:x%]")
+
+
+def test_tfds_unknown_name(data_config, tmp_path):
+    message = _error(data_config(source="tfds", name="imagenet_2012", dir=str(tmp_path)), "train")
+    assert "'imagenet_2012'" in message and "catalog" in message and len(message) < 400
+
+
+def test_tfds_not_prepared(data_config, tmp_path):
+    message = _error(data_config(source="tfds", name="imagenet2012", dir=str(tmp_path)), "train")
+    assert "file_format='array_record').download_and_prepare()" in message and "tfds build imagenet2012" in message
+    assert f"ILSVRC2012_img_val.tar, from https://image-net.org, into {tmp_path}/downloads/manual" in message
+
+
+def test_tfds_without_random_access(data_config, prepare):
+    config = data_config(source="tfds", name="tiny_images", dir=prepare("tiny_images", "tfrecord"))
+    message = _error(config, "train")
+    folder = f"{config.dir}/tiny_images/1.0.0"
+    assert f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record" in message
+
+
+def test_tfds_without_images(data_config, prepare):
+    config = data_config(source="tfds", name="tiny_texts", dir=prepare("tiny_texts", "array_record"))
+    assert "text" in (message := _error(config, "train")) and "'image'" in message

@@ -1,0 +1,1 @@
+"""TFDS data sets made by the tests; TFDS wants each builder in a module inside a package."""
