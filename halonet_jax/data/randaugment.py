@@ -77,8 +77,8 @@ def check_ops(ops: Sequence[str]) -> tuple[str, ...]:
 def auto_contrast(image, magnitude, rng):
     """Stretches each channel to the full range 0..255."""
     del magnitude, rng
-    low = image.min(axis=(0, 1)).astype(np.float64)  # [3]
-    high = image.max(axis=(0, 1)).astype(np.float64)
+    low = cv2.reduce(image, 0, cv2.REDUCE_MIN).min(axis=(0, 1)).astype(np.float64)  # [3]
+    high = cv2.reduce(image, 0, cv2.REDUCE_MAX).max(axis=(0, 1)).astype(np.float64)
     scale = 255 / np.maximum(high - low, 1)
     table = (_LEVELS[:, None] - low) * scale  # [256, 3]
     return _look_up(image, np.where(high > low, table, _LEVELS[:, None]))
@@ -87,7 +87,7 @@ def auto_contrast(image, magnitude, rng):
 def equalize(image, magnitude, rng):
     """Flattens each channel's histogram."""
     del magnitude, rng
-    return _look_up(image, np.stack([_equalizing_table(image[..., c]) for c in range(3)], axis=-1))
+    return _look_up(image, np.stack([_equalizing_table(image, c) for c in range(3)], axis=-1))
 
 
 def invert(image, magnitude, rng):
@@ -196,10 +196,10 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table if table.ndim == 1 else table[:, None, :])
 
 
-def _equalizing_table(channel: np.ndarray) -> np.ndarray:
+def _equalizing_table(image: np.ndarray, channel: int) -> np.ndarray:
     """Pillow's and AutoAugment's rule: the top occupied level does not count toward the step."""
-    histogram = np.bincount(channel.ravel(), minlength=256)
-    step = (channel.size - histogram[histogram.nonzero()[0][-1]]) // 255
+    histogram = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
+    step = (histogram.sum() - histogram[histogram.nonzero()[0][-1]]) // 255
     if step == 0:
         return _LEVELS
     return (step // 2 + np.cumsum(histogram) - histogram) // step

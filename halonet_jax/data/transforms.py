@@ -49,15 +49,17 @@ def decode(encoded: bytes) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes [h, w, 3] to [size, size, 3]: area averaging from a reduction by 2 on, else bicubic.
+    """Resizes [h, w, 3] to [size, size, 3]: averages 2×2 pixels while that leaves enough, then bicubic.
 
-    Below a reduction by 2 bicubic hardly aliases and is several times faster.
+    So a strong reduction does not alias, and costs a tenth of OpenCV's area averaging by an odd factor. An odd last row
+    or column is left out of an average.
     """
-    h, w = image.shape[:2]
-    if (h, w) == (size, size):
+    while min(image.shape[:2]) >= 2 * size:
+        h, w = image.shape[0] // 2, image.shape[1] // 2
+        image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
+    if image.shape[:2] == (size, size):
         return image
-    interpolation = cv2.INTER_AREA if min(h, w) >= 2 * size else cv2.INTER_CUBIC
-    return cv2.resize(image, (size, size), interpolation=interpolation)
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
 
 
 def random_resized_crop(

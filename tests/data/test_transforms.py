@@ -120,7 +120,7 @@ def test_center_crop_takes_the_fraction(fraction, white):
 
 def test_resize_keeps_the_mean(photo):
     """Strong reductions average; they don't pick pixels."""
-    board = np.indices((256, 256)).sum(0) % 2 * np.uint8(255)
+    board = (np.indices((256, 256)).sum(0) % 2 * 255).astype(np.uint8)
     out = data.resize(np.repeat(board[..., None], 3, -1), 32)
     assert abs(out.astype(int) - 127).max() <= 1
     image = photo(50, 70)

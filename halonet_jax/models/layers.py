@@ -1,0 +1,128 @@
+"""Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
+
+from typing import Any, Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from halonet_jax import ops
+
+
+class HaloAttention(nn.Module):
+    """Blocked local self-attention with haloing, ready for models of one's own (paper, section 2).
+
+    `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), value_channels]`. Queries, keys and values are 1x1 projections
+    without bias; there is no output projection, since a 1x1 conv follows in the paper's blocks. Relative tables are shared by
+    all heads. `halonet_jax.ops.halo_attention` documents `window`, `padding` and the operator.
+
+    Attributes:
+        channels: width of queries and keys, over all heads.
+        num_heads: must divide `channels` (into even parts) and `value_channels`.
+        value_channels: width of values; None: as `channels`.
+        dtype: of the computation; parameters are float32.
+    """
+
+    channels: int
+    num_heads: int
+    block_size: int
+    halo_size: int
+    value_channels: int | None = None
+    stride: int = 1
+    window: str = "neighborhood"
+    padding: str = "mask"
+    implementation: str = "blocked"
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        value_channels = self.value_channels or self.channels
+        if self.channels % (2 * self.num_heads) or value_channels % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide value_channels={value_channels} and, into even parts, "
+                f"channels={self.channels}"
+            )
+
+        def project(x, channels, name):
+            x = nn.Dense(channels, use_bias=False, dtype=self.dtype, name=name)(x)
+            return x.reshape(*x.shape[:3], self.num_heads, -1)  # [B, H, W, N, D]
+
+        table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // 2)
+        table_init = nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
+        out = ops.halo_attention(
+            project(x[:, :: self.stride, :: self.stride], self.channels, "query"),
+            project(x, self.channels, "key"),
+            project(x, value_channels, "value"),
+            self.param("rel_rows", table_init, table_shape),
+            self.param("rel_cols", table_init, table_shape),
+            block_size=self.block_size, halo_size=self.halo_size, stride=self.stride, window=self.window,
+            padding=self.padding, implementation=self.implementation,
+        )  # fmt: skip
+        return out.reshape(*out.shape[:3], value_channels)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over the last axis with statistics of fixed groups of examples.
+
+    In training, the batch is cut into consecutive groups of `group_size` examples, each normalised by its own statistics;
+    the running statistics move by the mean over groups. A result then does not depend on how many devices there are, and
+    nothing is reduced across devices where groups lie within one. 0 is one group: the whole batch.
+
+    Raises:
+        ValueError: in training, where `group_size` does not divide the batch.
+    """
+
+    use_running_average: bool
+    group_size: int = 0
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    scale_init: Callable = nn.initializers.ones
+
+    @nn.compact
+    def __call__(self, x):
+        channels = x.shape[-1:]
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
+        scale = self.param("scale", self.scale_init, channels)
+        bias = self.param("bias", nn.initializers.zeros, channels)
+
+        shape = x.shape
+        if self.use_running_average:
+            mean, var = running_mean.value, running_var.value
+        else:
+            group_size = self.group_size or shape[0]
+            if shape[0] % group_size:
+                raise ValueError(f"bn_group_size={group_size} does not divide a batch of {shape[0]} examples")
+            x = x.reshape(-1, group_size, *shape[1:])
+            axes = tuple(range(1, x.ndim - 1))
+            wide = x.astype(jnp.float32)
+            mean = wide.mean(axes, keepdims=True)
+            var = jnp.maximum((wide * wide).mean(axes, keepdims=True) - mean * mean, 0)
+            if not self.is_initializing():
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new.reshape(-1, *channels).mean(0)
+        x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+        return x.reshape(shape).astype(self.dtype)
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gates from the map's mean (arXiv 1709.01507). `[B, H, W, C] -> [B, H, W, C]`."""
+
+    ratio: float
+    activation: Callable
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        gate = x.mean((1, 2), keepdims=True)
+        gate = nn.Dense(max(1, round(x.shape[-1] * self.ratio)), dtype=self.dtype, name="squeeze")(gate)
+        gate = nn.Dense(x.shape[-1], dtype=self.dtype, name="excite")(self.activation(gate))
+        return x * nn.sigmoid(gate)
+
+
+def stochastic_depth(x: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
+    """Zeroes whole examples of `[B, ...]` with probability `rate`, scaling the rest to keep the mean (arXiv 1603.09382)."""
+    keep = jnp.asarray(1 - rate, jnp.float32)
+    mask = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return x * (mask / keep).astype(x.dtype)

@@ -1,0 +1,13 @@
+"""Pure functions on arrays: the halo attention operator.
+
+Axis legend, the same everywhere in this package (lower case in einsums):
+
+    B  batch                          I, J  rows and columns of blocks
+    H, W  map height and width        Y, X  query row and column inside a block
+    N  heads                          R, S  key row and column inside a neighbourhood
+    D  query/key channels per head    E     value channels per head
+"""
+
+from halonet_jax.ops.halo_attention import halo_attention
+
+__all__ = ["halo_attention"]

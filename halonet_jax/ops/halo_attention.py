@@ -1,0 +1,104 @@
+"""The contract of blocked local self-attention with haloing (HaloNet, arXiv 2103.12731, sections 2-3)."""
+
+import jax
+
+from halonet_jax.ops import blocked, reference
+
+IMPLEMENTATIONS = {"blocked": blocked.attend, "reference": reference.attend}
+WINDOWS = ("neighborhood", "centered")
+PADDINGS = ("mask", "zero")
+
+
+def halo_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rel_rows: jax.Array,
+    rel_cols: jax.Array,
+    *,
+    block_size: int,
+    halo_size: int,
+    stride: int = 1,
+    window: str = "neighborhood",
+    padding: str = "mask",
+    logits_scale: float | None = None,
+    implementation: str = "blocked",
+) -> jax.Array:
+    """Attends from every query pixel to the neighbourhood of the block that it lies in.
+
+    The map is cut into blocks of `block_size` squared pixels, from the top left. A block's neighbourhood is the block and
+    `halo_size` pixels more on each side. A query at full-resolution pixel (y, x) and a key at (r, s) of its neighbourhood have
+
+        logit = logits_scale * (q · k + q_rows · rel_rows[r - y + b - 1 + h] + q_cols · rel_cols[s - x + b - 1 + h]),
+
+    with softmax over the neighbourhood. `q_rows` and `q_cols` are the first and second half of q's channels where the
+    tables are `[2b + 2h - 1, D / 2]` (the paper's factorised form), or both all of q where they are `[2b + 2h - 1, D]`.
+    All heads share the tables. Any map size works; where one block covers the map, this is global attention, and
+    `block_size=1` is attention over per-pixel windows.
+
+    Args:
+        q: `[B, ceil(H / stride), ceil(W / stride), N, D]`, queries at the output's resolution: q's pixel (i, j) sits at
+            (i * stride, j * stride) of the map. Not scaled.
+        k: `[B, H, W, N, D]`, keys at full resolution.
+        v: `[B, H, W, N, E]`, values at full resolution; E may differ from D.
+        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`; row 0 belongs to the key that lies b - 1 + h above
+            the query.
+        rel_cols: the same for columns.
+        block_size: b, in pixels of the full-resolution map.
+        halo_size: h, in pixels; 0 is attention within blocks.
+        stride: 2 is the paper's attention downsampling: every second query per axis, the same neighbourhoods.
+        window: "neighborhood" (the paper: every query of a block sees all of its neighbourhood) or "centered" (keys
+            farther than `halo_size` rows or columns from the query are masked: the pixel-centred windows of SASA,
+            arXiv 1906.05909, with k = 2h + 1).
+        padding: what keys outside of the map do: "mask" (take no part) or "zero" (take part with zero key and value,
+            keeping their position's logit, as in timm). The paper does not say.
+        logits_scale: factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
+            tables divided by it.)
+        implementation: "blocked" (fast) or "reference" (slow, obvious, in float32).
+
+    Returns:
+        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs.
+
+    Raises:
+        ValueError: for arguments that break a rule above; the message states value and rule.
+    """
+    _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation)
+    if logits_scale is None:
+        logits_scale = q.shape[-1] ** -0.5
+    return IMPLEMENTATIONS[implementation](
+        q, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=stride,
+        centered=window == "centered", masked=padding == "mask", logits_scale=logits_scale,
+    )  # fmt: skip
+
+
+def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
+    for name, value, known in (
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, tuple(IMPLEMENTATIONS))
+    ):  # fmt: skip
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
+    for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    for name, array, rank, axes in (
+        ("q", q, 5, "[batch, height, width, heads, channels]"), ("k", k, 5, "[batch, height, width, heads, channels]"),
+        ("v", v, 5, "[batch, height, width, heads, channels]"), ("rel_rows", rel_rows, 2, "[offsets, channels]"),
+        ("rel_cols", rel_cols, 2, "[offsets, channels]"),
+    ):  # fmt: skip
+        if array.ndim != rank:
+            raise ValueError(f"{name} has shape {array.shape}; it must be {axes}")
+    batch, height, width, heads, channels = k.shape
+    expected_q = (batch, -(-height // stride), -(-width // stride), heads, channels)
+    if q.shape != expected_q:
+        raise ValueError(f"q has shape {q.shape}; with k of shape {k.shape} and stride={stride} it must be {expected_q}")
+    if v.shape[:4] != k.shape[:4]:
+        raise ValueError(f"v has shape {v.shape}; all but its channels must be those of k, {k.shape}")
+    if 0 in q.shape or 0 in v.shape:
+        raise ValueError(f"q of shape {q.shape} and v of shape {v.shape} must have no empty axis")
+    offsets = 2 * block_size + 2 * halo_size - 1
+    if rel_rows.shape != rel_cols.shape or rel_rows.shape[0] != offsets or rel_rows.shape[1] not in (channels, channels / 2):
+        raise ValueError(
+            f"rel_rows and rel_cols have shapes {rel_rows.shape} and {rel_cols.shape}; with block_size={block_size}, "
+            f"halo_size={halo_size} and {channels} channels per head both must be ({offsets}, {channels / 2:g}) or "
+            f"({offsets}, {channels})"
+        )

@@ -1,0 +1,46 @@
+"""Halo attention by its definition: one gathered window per query pixel, in float32. Slow, and meant to be obvious."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+    """See `halo_attention` for the contract. Memory grows with (b + 2h)² per pixel."""
+    dtype = v.dtype
+    precise = jnp.promote_types(jnp.float32, dtype)
+    q, k, v, rel_rows, rel_cols = (x.astype(precise) for x in (q, k, v, rel_rows, rel_cols))
+    half = slice(None), slice(None)
+    if rel_rows.shape[1] != q.shape[-1]:
+        half = slice(None, q.shape[-1] // 2), slice(q.shape[-1] // 2, None)
+
+    rows, row_offsets, row_inside = _neighbors(k.shape[1], block_size, halo_size, stride)  # [H, R]
+    cols, col_offsets, col_inside = _neighbors(k.shape[2], block_size, halo_size, stride)  # [W, S]
+    inside = row_inside[:, None, :, None] & col_inside[None, :, None, :]  # [H, W, R, S]
+
+    def windows(x):
+        x = x[:, np.clip(rows, 0, k.shape[1] - 1)[:, None, :, None], np.clip(cols, 0, k.shape[2] - 1)[None, :, None, :]]
+        return jnp.where(inside[..., None, None], x, 0)  # [B, H, W, R, S, N, D]
+
+    einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)
+    logits = einsum("bhwnd,bhwrsnd->bhwnrs", q, windows(k))
+    first_row = block_size - 1 + halo_size
+    logits += einsum("bhwnd,hrd->bhwnr", q[..., half[0]], rel_rows[row_offsets + first_row])[..., :, None]
+    logits += einsum("bhwnd,wsd->bhwns", q[..., half[1]], rel_cols[col_offsets + first_row])[..., None, :]
+    logits *= logits_scale
+
+    seen = inside if masked else np.ones_like(inside)
+    if centered:
+        near = (abs(row_offsets) <= halo_size)[:, None, :, None] & (abs(col_offsets) <= halo_size)[None, :, None, :]
+        seen = seen & near
+    seen = seen[:, :, None]  # one for all heads
+    weights = jax.nn.softmax(logits, axis=(-2, -1), where=seen)
+    return einsum("bhwnrs,bhwrsne->bhwne", weights, windows(v)).astype(dtype)
+
+
+def _neighbors(size, block_size, halo_size, stride):
+    """Along one axis: each query's keys, their offsets from the query, and whether they lie on the map; all `[queries, keys]`."""
+    queries = np.arange(0, size, stride)
+    first = queries // block_size * block_size - halo_size
+    keys = first[:, None] + np.arange(block_size + 2 * halo_size)
+    return keys, keys - queries[:, None], (keys >= 0) & (keys < size)

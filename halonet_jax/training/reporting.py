@@ -1,0 +1,142 @@
+"""Reports of a run: `metrics.jsonl`, TensorBoard beside it, and a progress line on the terminal."""
+
+import json
+import math
+import os
+import time
+
+import jax
+from absl import logging
+from etils import epath
+
+from halonet_jax.training.stopping import NonFiniteLoss
+
+
+class StepMetrics:
+    """Collects the metrics of every step since the last report.
+
+    They stay on the device until a report or a checkpoint asks for them, so that steps are dispatched ahead. They are part of
+    a checkpoint: a resumed run's next report then covers the very steps that it would have covered.
+    """
+
+    IN_FLIGHT = 2  # steps dispatched ahead; more would only hold memory
+
+    def __init__(self, collected: list[dict[str, float]] = ()):
+        self._host = list(collected)
+        self._device = []
+
+    def append(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Adds the metrics of `step`; blocks until the step `IN_FLIGHT` before it is done."""
+        self._device.append((step, metrics))
+        if len(self._device) > self.IN_FLIGHT:
+            jax.block_until_ready(self._device[-1 - self.IN_FLIGHT])
+
+    def collected(self) -> list[dict[str, float]]:
+        """The metrics of each step, as Python floats.
+
+        Raises:
+            NonFiniteLoss: naming the first step whose loss or gradient norm is not finite.
+        """
+        for step, metrics in jax.device_get(self._device):
+            metrics = {key: float(value) for key, value in metrics.items()}
+            if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+                raise NonFiniteLoss(f"step {step}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
+            self._host.append(metrics)
+        self._device.clear()
+        return self._host
+
+    def pop_means(self) -> dict[str, float]:
+        """Means over the steps since the last call, as "train/…"."""
+        collected, self._host = self.collected(), []
+        return {f"train/{key}": math.fsum(m[key] for m in collected) / len(collected) for key in collected[0]}
+
+
+class Reporter:
+    """Writes reports under `workdir`. On hosts other than the first, everything is a no-op.
+
+    `metrics.jsonl` holds one JSON object a report, with "step" first. Reports of steps after `start_step`, left by a run that
+    died later than its last checkpoint, are dropped: their steps are run again.
+    """
+
+    def __init__(self, workdir: str | epath.Path, *, start_step: int, last_step: int, batch_size: int, enabled: bool = True):
+        self._enabled = enabled
+        self._last_step, self._batch_size = last_step, batch_size
+        self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._tensorboard = None
+        if enabled:
+            kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+            temporary = self._path.with_suffix(".jsonl.tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.replace(self._path)
+            self._tensorboard = _tensorboard_writer(workdir)
+        self.restart_clock(start_step)
+
+    def restart_clock(self, step: int) -> None:
+        """Leaves out what came before `step` (compiling, evaluation) from the next rate."""
+        self._clock = (step, time.monotonic())
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """Reports training metrics with the rate since the last report, and prints the progress line."""
+        since_step, since = self._clock
+        seconds_per_step = (time.monotonic() - since) / max(step - since_step, 1)
+        if step > since_step:
+            values = {**values, "images_per_second": self._batch_size / seconds_per_step}
+        self.write(step, values)
+        if self._enabled:
+            parts = [f"step {step}/{self._last_step} ({100 * step // self._last_step}%)", f"loss {values['train/loss']:.4f}"]
+            if step > since_step:
+                parts.append(f"{values['images_per_second']:,.0f} img/s")
+                parts.append(f"ETA {format_seconds((self._last_step - step) * seconds_per_step)}")
+            print("  ".join(parts), flush=True)
+        self.restart_clock(step)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends one report."""
+        if not self._enabled:
+            return
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
+        if self._tensorboard:
+            self._tensorboard.write_scalars(step, {key: value for key, value in values.items()})
+
+    def close(self) -> None:
+        """Flushes TensorBoard."""
+        if self._tensorboard:
+            self._tensorboard.close()
+
+
+def read_metrics(workdir: str | epath.Path) -> list[dict]:
+    """The reports in `workdir/metrics.jsonl`, in order; a line torn by a crash is left out."""
+    path, reports = epath.Path(workdir) / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            reports.append(json.loads(line))
+        except json.JSONDecodeError:
+            logging.warning("%s has a torn line, left out: %.60s", path, line)
+    return reports
+
+
+def last_evaluation(workdir: str | epath.Path) -> dict:
+    """The newest report that holds an evaluation; empty where there is none."""
+    return next((report for report in reversed(read_metrics(workdir)) if "eval/top1" in report), {})
+
+
+def format_seconds(seconds: float) -> str:
+    """12:07, or 3:12:07 from an hour on."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _tensorboard_writer(workdir):
+    try:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from clu import metric_writers  # Imports TensorFlow, which takes seconds and may be missing.
+
+        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(workdir)))
+    except ImportError as error:
+        logging.warning("No TensorBoard files, only metrics.jsonl: %s", error)
+        return None

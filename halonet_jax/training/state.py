@@ -1,0 +1,49 @@
+"""The train state: one plain pytree that steps, checkpoints, EMA and export share."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from halonet_jax.training.task import Task
+
+
+@struct.dataclass
+class TrainState:
+    """All that training changes.
+
+    Attributes:
+        step: int32 scalar, optimizer steps taken. It also fixes the data position and every random number of the next step.
+        params: float32.
+        model_state: batch statistics, float32.
+        opt_state: optax's.
+        ema_params: exponential moving average of `params`; None where EMA is off.
+        ema_model_state: the same of `model_state`.
+    """
+
+    step: jax.Array
+    params: Any
+    model_state: Any
+    opt_state: optax.OptState
+    ema_params: Any
+    ema_model_state: Any
+
+    def weights(self) -> dict[str, tuple[Any, Any]]:
+        """What can be evaluated: `{"eval": (params, model_state), "eval_ema": …}`, the latter where there is an EMA."""
+        weights = {"eval": (self.params, self.model_state)}
+        if self.ema_params is not None:
+            weights["eval_ema"] = (self.ema_params, self.ema_model_state)
+        return weights
+
+
+def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
+    """The state before the first step. Jittable, so that it can be born sharded."""
+    params, model_state = task.init(jax.random.key(seed))
+    # Copies: the state is donated to the step, and a buffer can be donated once only.
+    copy = lambda tree: jax.tree.map(jnp.copy, tree) if ema else None
+    return TrainState(
+        step=jnp.zeros((), jnp.int32), params=params, model_state=model_state, opt_state=optimizer.init(params),
+        ema_params=copy(params), ema_model_state=copy(model_state),
+    )  # fmt: skip

@@ -1,0 +1,47 @@
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+setup(
+    name="halonet_jax",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "halonet_jax" / "__init__.py").read_text()).group(1),
+    description="HaloNet (arXiv 2103.12731) in JAX and Flax, for TPU pods, GPUs and a laptop",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["halonet_jax", "halonet_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py>=2.1",
+        "array_record>=0.7",
+        "clu>=0.0.12",
+        "etils[epath]>=1.9",
+        "flax>=0.12",
+        "grain>=0.2.12",
+        "importlib_resources",  # tensorflow-datasets needs it and does not say so
+        "jax>=0.10",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "opencv-python-headless>=4.10",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11.30",
+        "pillow>=11",
+        "scikit-learn>=1.5",
+        "simplejpeg>=1.8",
+        "tensorboard>=2.19",  # with tensorflow, what clu's writer needs
+        "tensorflow-cpu>=2.19; platform_machine == 'x86_64' and sys_platform == 'linux'",
+        "tensorflow>=2.19; platform_machine != 'x86_64' or sys_platform != 'linux'",
+        "tensorflow-datasets>=4.9.9",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "hypothesis>=6.100"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "gpu": ["jax[cuda12]>=0.10"],
+    },
+)
