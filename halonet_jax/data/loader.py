@@ -147,8 +147,9 @@ class _Examples:
 
     def __init__(self, source, data_config, batch_size, process_index, process_count):
         self.source = source
-        # A plain namespace: cheaper to read than a ConfigDict, and pickled without it.
-        self.config = types.SimpleNamespace(**dict(getattr(data_config, "items", vars(data_config).items)()))
+        # A plain copy: the caller may change its config, and a ConfigDict is slow to read.
+        fields = data_config.to_dict() if hasattr(data_config, "to_dict") else vars(data_config)
+        self.config = types.SimpleNamespace(**fields)
         self.batch_size = batch_size
         self.local_size = batch_size // process_count
         self.first_row = process_index * self.local_size

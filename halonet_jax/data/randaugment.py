@@ -77,8 +77,8 @@ def check_ops(ops: Sequence[str]) -> tuple[str, ...]:
 def auto_contrast(image, magnitude, rng):
     """Stretches each channel to the full range 0..255."""
     del magnitude, rng
-    low = cv2.reduce(image, 0, cv2.REDUCE_MIN).min(axis=(0, 1)).astype(np.float64)  # [3]
-    high = cv2.reduce(image, 0, cv2.REDUCE_MAX).max(axis=(0, 1)).astype(np.float64)
+    occupied = _histograms(image) > 0  # [256, 3]
+    low, high = occupied.argmax(axis=0), 255 - occupied[::-1].argmax(axis=0)  # [3]
     scale = 255 / np.maximum(high - low, 1)
     table = (_LEVELS[:, None] - low) * scale  # [256, 3]
     return _look_up(image, np.where(high > low, table, _LEVELS[:, None]))
@@ -87,7 +87,7 @@ def auto_contrast(image, magnitude, rng):
 def equalize(image, magnitude, rng):
     """Flattens each channel's histogram."""
     del magnitude, rng
-    return _look_up(image, np.stack([_equalizing_table(image, c) for c in range(3)], axis=-1))
+    return _look_up(image, np.stack([_equalizing_table(h) for h in _histograms(image).T], axis=-1))
 
 
 def invert(image, magnitude, rng):
@@ -196,9 +196,14 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
     return cv2.LUT(image, table if table.ndim == 1 else table[:, None, :])
 
 
-def _equalizing_table(image: np.ndarray, channel: int) -> np.ndarray:
+def _histograms(image: np.ndarray) -> np.ndarray:
+    """Pixels at each level, int64 [256, 3]."""
+    counts = [cv2.calcHist([image], [c], None, [256], [0, 256]) for c in range(3)]
+    return np.concatenate(counts, axis=1).astype(np.int64)
+
+
+def _equalizing_table(histogram: np.ndarray) -> np.ndarray:
     """Pillow's and AutoAugment's rule: the top occupied level does not count toward the step."""
-    histogram = cv2.calcHist([image], [channel], None, [256], [0, 256]).ravel().astype(np.int64)
     step = (histogram.sum() - histogram[histogram.nonzero()[0][-1]]) // 255
     if step == 0:
         return _LEVELS

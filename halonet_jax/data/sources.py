@@ -111,7 +111,8 @@ class FolderSource:
     """
 
     def __init__(self, root: str, split: str, train_split: str, flag: str = "eval_split"):
-        if not root or not os.path.isdir(root):
+        root = os.path.expanduser(root)  # "--config.data.dir=~/images": no shell expands that
+        if not os.path.isdir(root):
             raise DataError(f"data.dir {root!r} is no folder; set --config.data.dir to the one that holds the splits")
         self._folder = _split_folder(root, split, flag)
         train_folder = _split_folder(root, train_split, "train_split")

@@ -156,6 +156,18 @@ def test_tfds_source_travels(tiny):
     assert pickle.loads(pickled)[5] == source[5]
 
 
+def test_tfds_in_a_worker_process(tiny):
+    source = data.open_source(tiny, "validation")
+    tiny.on_corrupt = "stop"
+    batches = []
+    for tiny.num_workers in (0, 1):
+        batches.append(list(data.eval_batches(source, tiny, batch_size=4)))
+    here, there = batches
+    assert len(here) == len(there) == 2
+    for a, b in zip(here, there):
+        np.testing.assert_array_equal(a["image"], b["image"])
+
+
 def test_tfds_reads_without_tensorflow(tiny):
     """TensorFlow would take the accelerator's memory, and seconds to import."""
     code = (
