@@ -198,8 +198,8 @@ def _look_up(image: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 def _histograms(image: np.ndarray) -> np.ndarray:
     """Pixels at each level, int64 [256, 3]."""
-    counts = [cv2.calcHist([image], [c], None, [256], [0, 256]) for c in range(3)]
-    return np.concatenate(counts, axis=1).astype(np.int64)
+    counts = [cv2.calcHist([image], [c], None, [256], [0, 256]).ravel() for c in range(3)]
+    return np.stack(counts, axis=1).astype(np.int64)
 
 
 def _equalizing_table(histogram: np.ndarray) -> np.ndarray:

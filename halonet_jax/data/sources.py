@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from halonet_jax.data.errors import DataError
+from halonet_jax.data.errors import CorruptImage, DataError
 
 SOURCES = ("tfds", "folder", "digits")
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -208,7 +208,12 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self._records[index]
+        try:
+            record = self._records[index]
+        except RuntimeError as e:  # a file that is gone, or whose checksums don't hold
+            raise CorruptImage(f"unreadable record: {e}") from None
+        if record["image"] is None or record["label"] is None:  # what a truncated file gives
+            raise CorruptImage("empty record")
         return Example(record["image"], int(record["label"]), self.name(index))
 
     def name(self, index: int) -> str:

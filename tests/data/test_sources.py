@@ -2,6 +2,7 @@
 
 import pathlib
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -166,6 +167,21 @@ def test_tfds_in_a_worker_process(tiny):
     assert len(here) == len(there) == 2
     for a, b in zip(here, there):
         np.testing.assert_array_equal(a["image"], b["image"])
+
+
+@pytest.mark.parametrize("damage, lost", [("flip", 1), ("truncate", 20), ("remove", 20)])
+def test_tfds_damaged_records_are_corrupt_images(tiny, tmp_path, damage, lost):
+    shutil.copytree(tiny.dir, tmp_path, dirs_exist_ok=True)
+    (path,) = tmp_path.rglob("*-train.array_record*")
+    content = bytearray(path.read_bytes())
+    content[300:340] = bytes(b ^ 0x55 for b in content[300:340])
+    source = data.TfdsSource("tiny_images", str(tmp_path), "train")
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
+    with data.eval_batches(source, tiny, batch_size=20) as loader:
+        assert 20 - next(loader)["mask"].sum() == lost == loader.num_corrupt
 
 
 def test_tfds_reads_without_tensorflow(tiny):
