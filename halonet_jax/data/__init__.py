@@ -2,9 +2,12 @@
 
 from halonet_jax.data import randaugment
 from halonet_jax.data.errors import CorruptImage, DataError
+from halonet_jax.data.example import Example, Source
+from halonet_jax.data.folder import FolderSource
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.mixing import cutmix, mix, mixup, normalize
-from halonet_jax.data.sources import DigitsSource, Example, FolderSource, Source, TfdsSource, open_source
+from halonet_jax.data.records import TfdsSource
+from halonet_jax.data.sources import DigitsSource, open_source
 from halonet_jax.data.transforms import (
     center_crop,
     decode,

@@ -1,5 +1,7 @@
 """Decoding, cropping and resizing of one image: uint8 RGB in, uint8 RGB out, on NumPy and OpenCV."""
 
+import math
+
 import cv2
 import numpy as np
 import simplejpeg
@@ -83,15 +85,15 @@ def random_resized_crop(
         [size, size, 3].
     """
     h, w = image.shape[:2]
-    log_ratio = np.log(ratio)
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):
         area = h * w * rng.uniform(*scale)
-        shape = np.exp(rng.uniform(*log_ratio))
-        crop_w, crop_h = round(np.sqrt(area * shape)), round(np.sqrt(area / shape))
+        shape = math.exp(rng.uniform(*log_ratio))
+        crop_w, crop_h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < crop_w <= w and 0 < crop_h <= h:
             top, left = rng.integers(h - crop_h + 1), rng.integers(w - crop_w + 1)
             return resize(image[top : top + crop_h, left : left + crop_w], size)
-    shape = np.clip(w / h, *ratio)
+    shape = min(max(w / h, ratio[0]), ratio[1])
     crop_w, crop_h = min(w, round(h * shape)), min(h, round(w / shape))
     return resize(_central(image, max(crop_h, 1), max(crop_w, 1)), size)
 

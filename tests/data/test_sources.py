@@ -113,28 +113,26 @@ def test_folder_mistakes(data_config, image_folder):
 # --- TFDS
 
 
+PREPARE = """
+import sys
+import tensorflow_datasets as tfds
+from tfds_sets import tiny_images
+for name, file_format in (("tiny_images", "array_record"), ("tiny_images", "tfrecord"), ("tiny_texts", "array_record")):
+    tfds.builder(name, data_dir=f"{sys.argv[1]}/{file_format}", file_format=file_format).download_and_prepare()
+"""
+
+
 @pytest.fixture(scope="session")
-def prepare(tmp_path_factory):
-    """Prepares a set in a process of its own: there TFDS needs TensorFlow, here it must not."""
-    done = {}
-
-    def run(name, file_format):
-        if (name, file_format) not in done:
-            folder = tmp_path_factory.mktemp("tfds")
-            code = (
-                "import tensorflow_datasets as tfds; from tfds_sets import tiny_images\n"
-                f"tfds.builder('{name}', data_dir='{folder}', file_format='{file_format}').download_and_prepare()"
-            )
-            subprocess.run([sys.executable, "-c", code], cwd=HERE, check=True)
-            done[name, file_format] = str(folder)
-        return done[name, file_format]
-
-    return run
+def prepared(tmp_path_factory):
+    """A folder of sets by file format, made in a process of its own: there TFDS needs TensorFlow, here it must not."""
+    folder = tmp_path_factory.mktemp("tfds")
+    subprocess.run([sys.executable, "-c", PREPARE, str(folder)], cwd=HERE, check=True)
+    return folder
 
 
 @pytest.fixture
-def tiny(data_config, prepare):
-    return data_config(source="tfds", name="tiny_images", dir=prepare("tiny_images", "array_record"))
+def tiny(data_config, prepared):
+    return data_config(source="tfds", name="tiny_images", dir=str(prepared / "array_record"))
 
 
 @pytest.mark.parametrize("split, count", [("train", 20), ("validation", 7), ("train[:90%]", 18)])
@@ -171,7 +169,7 @@ def test_tfds_in_a_worker_process(tiny):
 
 @pytest.mark.parametrize("damage, lost", [("flip", 1), ("truncate", 20), ("remove", 20)])
 def test_tfds_damaged_records_are_corrupt_images(tiny, tmp_path, damage, lost):
-    shutil.copytree(tiny.dir, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(f"{tiny.dir}/tiny_images", tmp_path / "tiny_images")
     (path,) = tmp_path.rglob("*-train.array_record*")
     content = bytearray(path.read_bytes())
     content[300:340] = bytes(b ^ 0x55 for b in content[300:340])
@@ -210,13 +208,13 @@ def test_tfds_not_prepared(data_config, tmp_path):
     assert f"ILSVRC2012_img_val.tar, from https://image-net.org, into {tmp_path}/downloads/manual" in message
 
 
-def test_tfds_without_random_access(data_config, prepare):
-    config = data_config(source="tfds", name="tiny_images", dir=prepare("tiny_images", "tfrecord"))
-    message = _error(config, "train")
-    folder = f"{config.dir}/tiny_images/1.0.0"
+def test_tfds_without_random_access(tiny, prepared):
+    tiny.dir = str(prepared / "tfrecord")
+    message = _error(tiny, "train")
+    folder = f"{tiny.dir}/tiny_images/1.0.0"
     assert f"tfds convert_format --dataset_version_dir={folder} --out_file_format=array_record" in message
 
 
-def test_tfds_without_images(data_config, prepare):
-    config = data_config(source="tfds", name="tiny_texts", dir=prepare("tiny_texts", "array_record"))
-    assert "text" in (message := _error(config, "train")) and "'image'" in message
+def test_tfds_without_images(tiny):
+    tiny.name = "tiny_texts"
+    assert "text" in (message := _error(tiny, "train")) and "'image'" in message
