@@ -1,5 +1,6 @@
 """Batches for one process, loaded ahead by Grain. Which rows a batch holds is the law that `rows` states."""
 
+import weakref
 from collections.abc import Iterator
 
 import grain
@@ -79,7 +80,9 @@ class Loader:
         self._named = set()
         self._examples = examples
         self._num_given = 0
-        self._iterator = iter(_pipeline(examples))
+        self._running = [iter(_pipeline(examples))]
+        # An open loader is closed before the interpreter's exit; Grain's own clean-up comes too late there.
+        weakref.finalize(self, _end, self._running)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -90,10 +93,10 @@ class Loader:
         return self._examples.num_batches
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None or self._num_given == self._examples.num_batches:
+        if not self._running or self._num_given == self._examples.num_batches:
             self.close()
             raise StopIteration
-        batch = next(self._iterator)
+        batch = next(self._running[0])
         fatal, corrupt = batch.pop("fatal"), batch.pop("corrupt")
         if fatal:
             self.close()
@@ -108,15 +111,18 @@ class Loader:
 
     def close(self):
         """Ends the background threads and processes; no more batches come."""
-        if self._iterator is not None:
-            self._iterator.close()
-            self._iterator = None
+        _end(self._running)
 
     def __enter__(self) -> "Loader":
         return self
 
     def __exit__(self, *exception):
         self.close()
+
+
+def _end(running: list[grain.DatasetIterator]):
+    while running:
+        running.pop().close()
 
 
 def _train_batch(rows: list[Row]) -> dict:
@@ -139,7 +145,7 @@ def _own(batch: dict) -> dict:
 
 def _pipeline(examples: Examples) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
-        # Grain reads its options from absl flags. Outside absl.app.run nobody parses them: their defaults hold.
+        # Grain's worker processes read absl flags. Outside absl.app.run nobody parses them: their defaults hold.
         flags.FLAGS.mark_as_parsed()
     c, workers = examples.config, examples.num_streams
     options = grain.ReadOptions(

@@ -1,6 +1,9 @@
 """The loader's law: a batch is a function of its step alone; every example counts; faults are named."""
 
 import os
+import pathlib
+import subprocess
+import sys
 import threading
 import time
 
@@ -292,3 +295,25 @@ def test_close_ends_the_threads(data_config, digits):
     assert not set(threading.enumerate()) - before
     with pytest.raises(StopIteration):
         next(loader)
+
+
+OPEN_AT_EXIT = """
+import ml_collections
+from halonet_jax import data
+config = ml_collections.ConfigDict({config})
+if __name__ == "__main__":
+    loader = data.train_batches(data.open_source(config, "train"), config, batch_size=4, seed=0)
+    next(loader)
+    print("handed out")
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_open_loader_ends_quietly_with_its_program(data_config, tmp_path, workers):
+    script = tmp_path / "script.py"
+    script.write_text(OPEN_AT_EXIT.format(config=data_config(num_workers=workers).to_dict()))
+    root = pathlib.Path(data.__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": str(root)}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (0, "handed out\n")
+    assert "Traceback" not in result.stderr

@@ -5,6 +5,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -115,6 +116,7 @@ def test_folder_mistakes(data_config, image_folder):
 
 PREPARE = """
 import sys
+import types
 import tensorflow_datasets as tfds
 from tfds_sets import tiny_images
 for name, file_format in (("tiny_images", "array_record"), ("tiny_images", "tfrecord"), ("tiny_texts", "array_record")):
@@ -218,3 +220,11 @@ def test_tfds_without_random_access(tiny, prepared):
 def test_tfds_without_images(tiny):
     tiny.name = "tiny_texts"
     assert "text" in (message := _error(tiny, "train")) and "'image'" in message
+
+
+def test_tfds_keeps_tensorflow_off_accelerators(tiny, monkeypatch):
+    hidden = []
+    config = types.SimpleNamespace(set_visible_devices=lambda *args: hidden.append(args))
+    monkeypatch.setitem(sys.modules, "tensorflow", types.SimpleNamespace(config=config))
+    data.open_source(tiny, "train")
+    assert hidden == [([], "GPU")]
