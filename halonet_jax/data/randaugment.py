@@ -1,8 +1,8 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719): a few random ops, all of one strength.
 
 Ops, strengths and their quirks follow the TensorFlow code published with AutoAugment and EfficientNet, which the
-paper's numbers come from. Two things differ: geometric ops interpolate bilinearly (there: nearest), and lengths that
-were pixels at a side of 224 are shares of the image's side, so that a magnitude means the same at every resolution.
+paper's numbers come from; as there, geometric ops take the nearest pixel. One thing differs: lengths that were pixels
+at a side of 224 are shares of the image's side, so that a magnitude means the same at every resolution.
 
 Magnitudes are nominally 0 to 10 and may go beyond (the paper searches up to 31). What each op does with `m`:
 
@@ -229,4 +229,4 @@ def _shift(side: int, magnitude: float, rng: np.random.Generator) -> float:
 
 def _warp(image: np.ndarray, matrix) -> np.ndarray:
     h, w = image.shape[:2]
-    return cv2.warpAffine(image, np.asarray(matrix, np.float64), (w, h), flags=cv2.INTER_LINEAR, borderValue=GRAY)
+    return cv2.warpAffine(image, np.asarray(matrix, np.float64), (w, h), flags=cv2.INTER_NEAREST, borderValue=GRAY)
