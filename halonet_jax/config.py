@@ -5,6 +5,9 @@ each of its messages names the value, the rule and the remedy.
 """
 
 import difflib
+import importlib.util
+import json
+from pathlib import Path
 
 import ml_collections
 from ml_collections.config_dict import placeholder
@@ -130,6 +133,14 @@ def digits() -> ml_collections.ConfigDict:
     return c
 
 
+def sibling(recipe: str, name: str) -> ml_collections.ConfigDict:
+    """The config of the recipe `name` in the folder of the file `recipe`, for recipes that build on another."""
+    spec = importlib.util.spec_from_file_location(name, Path(recipe).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
 def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collections.ConfigDict:
     """Applies what follows the colon in `--config=configs/h4.py:smoke`: nothing, or "smoke".
 
@@ -169,17 +180,27 @@ def model_options(config: ml_collections.ConfigDict) -> dict:
     return {key: value for key, value in config.model.items() if value is not None}
 
 
-def from_dict(values: dict) -> ml_collections.ConfigDict:
-    """Rebuilds a config from its JSON form.
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """The resolved config, for `from_json`."""
+    return json.dumps(config.to_dict(), indent=2)
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Rebuilds a config from `to_json`'s text.
 
     Raises:
         ConfigError: for a key that this version does not know.
     """
-    tuples = lambda x: tuple(map(tuples, x)) if isinstance(x, list) else {k: tuples(v) for k, v in x.items()} if isinstance(x, dict) else x
+
+    def tuples(value):  # JSON has lists alone
+        if isinstance(value, dict):
+            return {key: tuples(item) for key, item in value.items()}
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
     config = imagenet()
     try:
         with config.ignore_type():
-            config.update(tuples(values))
+            config.update(tuples(json.loads(text)))
     except (AttributeError, KeyError) as error:
         raise ConfigError(f"the config has a key that this version does not know: {str(error).splitlines()[0]}") from None
     return config

@@ -1,0 +1,18 @@
+"""HaloNet-H4 on ImageNet from scratch, 384 px, 350 epochs at batch 4096.
+
+    python -m halonet_jax.train --config=configs/h4.py --workdir=WORKDIR
+
+Source: arXiv 2103.12731, table 1 and appendix. Parameters: 19.1 M.
+Published: about 83.3 top-1 (plotted only; a third party's reading of the figure).
+"""
+
+from halonet_jax import config as config_lib
+
+
+def get_config(argument: str = ""):
+    config = config_lib.imagenet()
+    config.model.name = "h4"
+    config.data.image_size = 384
+    config.data.randaugment_magnitude = 17.0
+    config.model.stochastic_depth_rate = 0.1  # "for the larger models"; value not stated
+    return config_lib.with_argument(config, argument)

@@ -1,0 +1,15 @@
+"""H4 with base width 128 and 3x3 convolutions (no SE) in stages 1 and 2, pre-trained on ImageNet-21k, 256 px, 90 epochs.
+
+    python -m halonet_jax.train --config=configs/h4_base128_conv12.py --workdir=WORKDIR
+
+Source: arXiv 2103.12731, transfer section; the recipe is h4_base128's. Parameters: 87.0 M with 1,000 classes.
+Published: 85.5 top-1 on ImageNet-1k after fine-tuning at 384 px, 85.8 at 512 px.
+"""
+
+from halonet_jax import config as config_lib
+
+
+def get_config(argument: str = ""):
+    config = config_lib.sibling(__file__, "h4_base128")
+    config.model.name = "h4_base128_conv12"
+    return config_lib.with_argument(config, argument)

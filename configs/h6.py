@@ -1,0 +1,19 @@
+"""HaloNet-H6 on ImageNet from scratch, 512 px, 350 epochs at batch 4096.
+
+    python -m halonet_jax.train --config=configs/h6.py --workdir=WORKDIR
+
+Source: arXiv 2103.12731, table 1 and appendix. Parameters: 43.4 M.
+Published: about 84.4 top-1 (plotted only; a third party's reading of the figure).
+"""
+
+from halonet_jax import config as config_lib
+
+
+def get_config(argument: str = ""):
+    config = config_lib.imagenet()
+    config.model.name = "h6"
+    config.data.image_size = 512
+    config.data.randaugment_magnitude = 24.0
+    config.model.stochastic_depth_rate = 0.2  # "for the larger models"; value not stated
+    config.model.scan = True  # 30 blocks and more compile slowly one by one
+    return config_lib.with_argument(config, argument)

@@ -1,0 +1,19 @@
+"""HaloNet-H7 on ImageNet from scratch, 600 px, 350 epochs at batch 4096.
+
+    python -m halonet_jax.train --config=configs/h7.py --workdir=WORKDIR
+
+Source: arXiv 2103.12731, table 1 and appendix. Parameters: 67 M.
+Published: 84.9 top-1, 74.7 on ImageNet-V2 (table 1's text).
+"""
+
+from halonet_jax import config as config_lib
+
+
+def get_config(argument: str = ""):
+    config = config_lib.imagenet()
+    config.model.name = "h7"
+    config.data.image_size = 600
+    config.data.randaugment_magnitude = 31.0
+    config.model.stochastic_depth_rate = 0.3  # "for the larger models"; value not stated
+    config.model.scan = True  # 30 blocks and more compile slowly one by one
+    return config_lib.with_argument(config, argument)

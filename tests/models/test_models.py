@@ -1,0 +1,156 @@
+"""Every model held to one contract; parameter counts pinned to the paper's structure."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halonet_jax import models
+from halonet_jax.models import layers
+
+# Worked out by arithmetic from the paper's tables; H7's hybrids include squeeze-and-excitation, whose ratio is our choice.
+PARAMETERS = {
+    "h0": 5_485_352, "h1": 8_081_288, "h2": 9_384_488, "h3": 11_817_928, "h4": 19_079_944, "h5": 30_679_016,
+    "h6": 43_417_096, "h7": 67_393_288, "h7_conv1": 67_337_164, "h7_conv12": 67_117_060, "h7_conv123": 59_521_316,
+    "halonet50": 18_017_576, "resnet50": 25_557_032, "h4_base128": 85_138_760, "h4_base128_conv12": 87_002_280,
+    "h4_base128_patch4": 85_132_424,
+}  # fmt: skip
+SMALL = dict(num_classes=5, stage_sizes=(1, 1, 1, 1), base_width=16, stem_width=8)
+
+
+def count(variables):
+    return sum(x.size for x in jax.tree.leaves(variables["params"]))
+
+
+def init(model, images):
+    """Variables without compiling the model: shapes by tracing, values at random."""
+    shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    rng = np.random.default_rng(0)
+    draw = lambda path, x: np.ones(x.shape) if path[-1].key == "var" else rng.standard_normal(x.shape) * x.size**-0.25
+    return jax.tree_util.tree_map_with_path(lambda path, x: jnp.asarray(draw(path, x), x.dtype), shapes)
+
+
+def images(batch=4, height=48, width=48):
+    return jnp.asarray(np.random.default_rng(0).standard_normal((batch, height, width, 3)), jnp.float32)
+
+
+def test_every_model_is_pinned():
+    assert set(PARAMETERS) == set(models.names())
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_count(name):
+    init = functools.partial(models.create(name).init, train=False)
+    assert count(jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))) == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", ("h3", "h7_conv12", "h4_base128_patch4", "resnet50"))
+def test_gradients_reach_every_parameter(name):
+    """Also shapes and dtypes in bfloat16, and statistics that move, on a map that no block divides."""
+    model = models.create(name, **SMALL, final_width=24, dtype="bfloat16")
+    x = images(height=50, width=42)
+    variables = init(model, x)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def step(params):
+        logits, updates = model.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        return (logits**2).sum(), (logits, updates)
+
+    (_, (logits, updates)), gradients = step(variables["params"])
+    assert logits.shape == (4, 5) and logits.dtype == jnp.float32
+    maps = jax.eval_shape(functools.partial(model.apply, method="features"), variables, x)
+    assert [m.shape[1:3] for m in maps] == [(13, 11), (7, 6), (4, 3), (2, 2)]
+    assert {m.dtype for m in maps} == {jnp.dtype("bfloat16")}
+    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+        assert gradient.dtype == jnp.float32 and jnp.isfinite(gradient).all(), path
+        assert jnp.abs(gradient).max() > 0, path
+    assert not jax.tree.all(jax.tree.map(jnp.array_equal, variables["batch_stats"], updates["batch_stats"]))
+
+
+@pytest.mark.parametrize("change", ({"scan": True}, {"remat": True}, {"scan": True, "remat": True}), ids=str)
+def test_scan_and_remat_change_no_number(change):
+    plain, other = (models.create("h1", **SMALL | {"stage_sizes": (1, 1, 3, 1)}, **options) for options in ({}, change))
+    x = images()
+    variables = init(plain, x)
+    convert = models.stack_blocks if change.get("scan") else lambda v: v
+    assert count(init(other, x)) == count(variables)
+    jax.tree.map(np.testing.assert_array_equal, models.unstack_blocks(models.stack_blocks(variables)), variables)
+
+    def loss(model, variables):
+        logits, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
+        return (logits**2).sum(), updates
+
+    gradient = lambda model, v: jax.jit(jax.value_and_grad(functools.partial(loss, model), has_aux=True))(v)
+    (expected, updates), gradients = gradient(plain, variables)
+    (actual, other_updates), other_gradients = gradient(other, convert(variables))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=2e-3)  # batch norm of few pixels amplifies rounding
+    close(actual, expected)
+    jax.tree.map(close, other_updates, convert(updates))
+    jax.tree.map(close, other_gradients["params"], convert(gradients)["params"])
+
+
+def test_reference_attention_gives_the_same_model():
+    x = images()
+    fast, slow = (models.create("h0", **SMALL, attention_impl=impl) for impl in ("blocked", "reference"))
+    variables = init(fast, x)
+    np.testing.assert_allclose(fast.apply(variables, x, train=False), slow.apply(variables, x, train=False), atol=1e-4)
+
+
+def test_attention_layer_in_a_model_of_ones_own():
+    layer = models.HaloAttention(channels=16, num_heads=2, value_channels=24, block_size=4, halo_size=1, stride=2)
+    x = jnp.ones((1, 9, 7, 6))
+    variables = layer.init(jax.random.key(0), x)
+    assert layer.apply(variables, x).shape == (1, 5, 4, 24)
+    assert variables["params"]["rel_rows"].shape == (9, 4)
+
+
+@pytest.mark.parametrize("group_size", (0, 2, 4))
+def test_batch_norm_groups(group_size):
+    """Each group is normalised by itself; the running statistics move by the mean over groups."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 3, 3, 2)) * [3, 1] + 5, jnp.float32)
+    norm = layers.BatchNorm(use_running_average=False, group_size=group_size, momentum=0.75)
+    y, updates = norm.apply(norm.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    groups = x.reshape(-1, group_size or 4, 3, 3, 2)
+    expected = (groups - groups.mean((1, 2, 3), keepdims=True)) / jnp.sqrt(groups.var((1, 2, 3), keepdims=True) + 1e-5)
+    np.testing.assert_allclose(y, expected.reshape(x.shape), atol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["mean"], 0.25 * x.mean((0, 1, 2)), rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["var"], 0.75 + 0.25 * groups.var((1, 2, 3)).mean(0), rtol=1e-4)
+
+
+def test_stochastic_depth_drops_whole_examples_and_keeps_the_mean():
+    x = jnp.ones((4000, 2, 3))
+    y = layers.stochastic_depth(x, 0.25, jax.random.key(0))
+    per_example = y.reshape(4000, -1)
+    assert ((per_example == 0).all(1) | (jnp.abs(per_example - 4 / 3) < 1e-6).all(1)).all()
+    assert abs(y.mean() - 1) < 0.03
+
+
+@pytest.mark.parametrize("option", ("dropout_rate", "stochastic_depth_rate"))
+def test_regularisers_act_in_training_alone(option):
+    x = images()
+    model = models.create("h1", **SMALL, **{option: 0.5})
+    variables = init(model, x)
+    apply = lambda seed, train: model.apply(
+        variables, x, train=train, rngs={"dropout": jax.random.key(seed)}, mutable=["batch_stats"]
+    )[0]
+    assert not np.allclose(apply(0, True), apply(1, True))
+    np.testing.assert_array_equal(apply(0, False), apply(1, False))
+
+
+@pytest.mark.parametrize(
+    "name, overrides, message",
+    (
+        ("h9", {}, "model 'h9' is unknown; use one of h0, h1,"),
+        ("halonet", {}, "model 'halonet' is unknown; did you mean halonet50"),
+        ("h0", {"blocksize": 8}, "'blocksize' is unknown; did you mean block_size"),
+        ("h0", {"base_width": 20}, "stage 1 is 20 wide .* multiple of 16"),
+        ("h0", {"stage_sizes": (1, 2)}, "must have four entries"),
+        ("h0", {"activation": "gelu"}, "activation='gelu' is unknown; use one of silu, relu"),
+    ),
+)
+def test_bad_arguments_name_value_and_rule(name, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        models.create(name, **overrides)

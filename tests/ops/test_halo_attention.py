@@ -1,0 +1,155 @@
+"""Every implementation against the reference, and the reference against plain loops and known special cases."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from halonet_jax.ops import halo_attention
+
+
+def make_inputs(seed, height, width, b, h, stride=1, heads=2, channels=8, value_channels=12, full_width=False, batch=1):
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    table = 2 * b + 2 * h - 1, channels if full_width else channels // 2
+    return (
+        normal(batch, -(-height // stride), -(-width // stride), heads, channels), normal(batch, height, width, heads, channels),
+        normal(batch, height, width, heads, value_channels), normal(*table), normal(*table),
+    )  # fmt: skip
+
+
+def loops(q, k, v, rel_rows, rel_cols, b, h, stride, window="neighborhood", padding="mask", logits_scale=None):
+    """The definition in float64 and Python loops: independent of everything in the package."""
+    q, k, v, rel_rows, rel_cols = (np.asarray(x, np.float64) for x in (q, k, v, rel_rows, rel_cols))
+    batch, height, width, heads, channels = k.shape
+    scale = channels**-0.5 if logits_scale is None else logits_scale
+    half = rel_rows.shape[1]
+    out = np.zeros(q.shape[:4] + v.shape[-1:])
+    for n, i, j, head in np.ndindex(q.shape[:4]):
+        y, x, query = i * stride, j * stride, q[n, i, j, head]
+        logits, values = [], []
+        for r in range(y // b * b - h, y // b * b + b + h):
+            for s in range(x // b * b - h, x // b * b + b + h):
+                inside = 0 <= r < height and 0 <= s < width
+                if padding == "mask" and not inside or window == "centered" and max(abs(r - y), abs(s - x)) > h:
+                    continue
+                key = k[n, r, s, head] if inside else np.zeros(channels)
+                position = query[:half] @ rel_rows[r - y + b - 1 + h] + query[-half:] @ rel_cols[s - x + b - 1 + h]
+                logits.append(scale * (query @ key + position))
+                values.append(v[n, r, s, head] if inside else np.zeros(v.shape[-1]))
+        weights = np.exp(np.array(logits) - max(logits))
+        out[n, i, j, head] = weights @ np.array(values) / weights.sum()
+    return out
+
+
+# height, width, b, h: divisible; ragged and not square; smaller than a block; one block; one pixel; per-pixel windows; halo
+# wider than the block; no halo; odd block; halo wider than the map.
+SIZES = (
+    (8, 8, 4, 2), (7, 10, 4, 1), (3, 5, 8, 3), (4, 4, 4, 2), (1, 1, 4, 1), (5, 4, 1, 2), (6, 7, 2, 3), (6, 6, 3, 0), (7, 5, 3, 1),
+    (4, 3, 2, 5),
+)  # fmt: skip
+VARIANTS = (
+    {}, {"window": "centered", "full_width": True}, {"padding": "zero", "logits_scale": 0.3}
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+def test_implementations_agree_forward_and_backward(size, stride, variant):
+    height, width, b, h = size
+    options = dict(variant)
+    inputs = make_inputs(0, height, width, b, h, stride, full_width=options.pop("full_width", False))
+    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape[:4] + (12,)).astype(np.float32)
+
+    def run(implementation):
+        f = functools.partial(
+            halo_attention, block_size=b, halo_size=h, stride=stride, implementation=implementation, **options
+        )
+        out, vjp = jax.vjp(f, *inputs)
+        return out, *vjp(cotangent)
+
+    blocked, reference = jax.jit(lambda: (run("blocked"), run("reference")))()
+    np.testing.assert_allclose(reference[0], loops(*inputs, b, h, stride, **options), atol=1e-5)
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv", "d rel_rows", "d rel_cols"), blocked, reference):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5, err_msg=name)
+
+
+@hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
+@hypothesis.given(st.data())
+def test_random_shapes_agree(data):
+    draw = lambda low, high: data.draw(st.integers(low, high))
+    height, width, b, h, stride = draw(1, 13), draw(1, 13), draw(1, 8), draw(0, 4), draw(1, 2)
+    options = {
+        "padding": data.draw(st.sampled_from(("mask", "zero"))), "window": data.draw(st.sampled_from(("neighborhood", "centered")))
+    }  # fmt: skip
+    heads, channels, value_channels = draw(1, 3), 2 * draw(1, 4), draw(1, 5)
+    inputs = make_inputs(draw(0, 9), height, width, b, h, stride, heads, channels, value_channels, data.draw(st.booleans()), batch=1)
+    f = functools.partial(halo_attention, block_size=b, halo_size=h, stride=stride, **options)
+    blocked, reference = jax.jit(lambda *x: (f(*x), f(*x, implementation="reference")))(*inputs)
+    np.testing.assert_allclose(blocked, reference, atol=1e-5)
+
+
+def test_block_over_the_map_is_global_attention():
+    q, k, v, rel_rows, rel_cols = make_inputs(0, 5, 6, 8, 3)
+    out = halo_attention(q, k, v, 0 * rel_rows, 0 * rel_cols, block_size=8, halo_size=3)
+    q, k, v = (x.reshape(1, 30, *x.shape[3:]) for x in (q, k, v))
+    weights = jax.nn.softmax(jnp.einsum("bqnd,bknd->bnqk", q, k) * 8**-0.5)
+    np.testing.assert_allclose(out.reshape(1, 30, 2, 12), jnp.einsum("bnqk,bkne->bqne", weights, v), atol=1e-5)
+
+
+@pytest.mark.parametrize("shift", (4, 8))
+def test_equivariant_to_shifts_by_the_block(shift):
+    """The paper, section 2: blocks break translational equivariance except for shifts by the block size."""
+    inputs = make_inputs(0, 32, 8, 8, 2)
+    f = functools.partial(halo_attention, block_size=8, halo_size=2)
+    moved = f(*(jnp.roll(x, shift, axis=1) for x in inputs[:3]), *inputs[3:])
+    same = np.allclose(moved[:, 16:17], jnp.roll(f(*inputs), shift, axis=1)[:, 16:17], atol=1e-4)
+    assert same == (shift == 8)
+
+
+def test_stride_keeps_every_second_query_of_the_same_neighborhoods():
+    q, k, v, *tables = make_inputs(0, 9, 7, 4, 1)
+    f = functools.partial(halo_attention, block_size=4, halo_size=1)
+    np.testing.assert_allclose(f(q[:, ::2, ::2], k, v, *tables, stride=2), f(q, k, v, *tables)[:, ::2, ::2], atol=1e-6)
+
+
+def test_bfloat16_inputs_have_float32_softmax():
+    """Error stays at the rounding of inputs and of position logits, with logits near 100 where bfloat16 has steps of 0.5."""
+    q, k, v, rel_rows, rel_cols = make_inputs(0, 16, 16, 8, 3, channels=16, value_channels=16)
+    inputs = [x.astype(jnp.bfloat16) for x in (8 * q, 4 * k, v, 0 * rel_rows, 0 * rel_cols)]
+    f = functools.partial(halo_attention, block_size=8, halo_size=3)
+    out = f(*inputs)
+    assert out.dtype == jnp.bfloat16
+    exact = f(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
+    np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.04)
+
+
+def test_logits_of_a_whole_map_never_stand():
+    """Temporary memory of the compiled gradient stays below the logits of the whole map, and so below the unmapped form's."""
+    inputs = make_inputs(0, 128, 16, 8, 3, heads=4, channels=16, value_channels=16)
+    gradient = jax.jit(jax.grad(lambda *x: halo_attention(*x, block_size=8, halo_size=3).sum(), argnums=(0, 1, 2, 3, 4)))
+    logits_bytes = 128 * 16 * 4 * 14**2 * 4
+    assert gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes < logits_bytes
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    (
+        ({"block_size": 0}, "block_size=0 must be an integer of at least 1"),
+        ({"halo_size": 1.5}, "halo_size=1.5"),
+        ({"window": "round"}, "window='round' is unknown; use one of neighborhood, centered"),
+        ({"padding": "wrap"}, "padding='wrap'"),
+        ({"implementation": "fast"}, "implementation='fast'"),
+        ({"stride": 2}, r"q has shape .* with k of shape .* and stride=2 it must be"),
+        ({"halo_size": 2}, r"both must be \(11, 4\) or \(11, 8\)"),
+    ),
+)
+def test_bad_arguments_name_value_and_rule(change, message):
+    inputs = make_inputs(0, 8, 8, 4, 1)
+    with pytest.raises(ValueError, match=message):
+        halo_attention(*inputs, **{"block_size": 4, "halo_size": 1, **change})

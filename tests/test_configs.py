@@ -1,0 +1,82 @@
+"""Every recipe loads, validates and, shrunk, computes a loss and gradients; every rule of `validate` has its message."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from halonet_jax import config as config_lib
+from halonet_jax import data, models
+from halonet_jax.tasks import classification
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+def load(name, argument=""):
+    recipe = Path(__file__).parent.parent / "configs" / "any.py"
+    config = config_lib.sibling(recipe, name)
+    return config_lib.with_argument(config, argument)
+
+
+def test_every_model_has_a_recipe():
+    assert set(models.names()) <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe(name):
+    config = load(name)
+    config_lib.validate(config, device_count=1 if name == "digits" else 512)
+    assert config_lib.differences(config, config_lib.from_json(config_lib.to_json(config))) == []
+    assert f"configs/{name}.py" in (Path(__file__).parent.parent / "configs" / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_smoke_recipe_forward_and_backward(name):
+    config = load(name, "smoke")
+    config_lib.validate(config, device_count=4)
+    task = classification.make_task(config, 10)
+    draw = lambda x: jnp.asarray(np.random.default_rng(0).standard_normal(x.shape) * x.size**-0.25, x.dtype)
+    params, model_state = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
+    source = data.open_source(config.data, "train")
+    with data.train_batches(source, config.data, batch_size=4, seed=0) as batches:
+        batch = next(batches)
+    gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, _), gradients = gradient(params, model_state, batch, jax.random.key(0))
+    assert np.isfinite(loss) and all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradients))
+
+
+BAD = (
+    ("batch_size", 100, 8, "batch_size=100 does not divide over 8 devices; use 96 or 104"),
+    ("eval_batch_size", 30, 4, "eval_batch_size=30 does not divide over 4 devices; use 28 or 32"),
+    ("optimizer.accumulation_steps", 3, 1, "batch_size=4096 does not divide into optimizer.accumulation_steps=3"),
+    ("model.bn_group_size", 48, 1, "model.bn_group_size=48 does not divide the 4096 images"),
+    ("mesh.fsdp", 3, 8, r"mesh.fsdp=3 does not divide 8 devices; use one of \[1, 2, 4, 8\]"),
+    ("model.name", "h8", 1, "model 'h8' is unknown"),
+    ("model.dtype", "float16", 1, "model.dtype='float16' is unknown; did you mean 'bfloat16'"),
+    ("model.base_width", 4, 1, "stage 1 is 4 wide"),
+    ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
+    ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
+    ("data.image_size", 0, 1, "data.image_size=0 must be at least 8"),
+    ("label_smoothing", 1.0, 1, "label_smoothing=1.0 must be between 0 and 0.999"),
+    ("schedule.warmup_epochs", 400.0, 1, "schedule.warmup_epochs=400.0 must be between 0 and 350.0"),
+    ("num_epochs", 0.0, 1, "must be"),
+)
+
+
+@pytest.mark.parametrize("key, value, devices, message", BAD, ids=[f"{key}={value}" for key, value, *_ in BAD])
+def test_validation_names_value_rule_and_remedy(key, value, devices, message):
+    config = config_lib.imagenet()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(config_lib.ConfigError, match=message):
+        config_lib.validate(config, devices)
+
+
+def test_unknown_keys_fail():
+    with pytest.raises(AttributeError, match="Did you mean.*learning_rate"):
+        config_lib.imagenet().schedule.learning_rat = 0.1
+    with pytest.raises(config_lib.ConfigError, match="does not know"):
+        config_lib.from_json('{"model": {"nmae": "h0"}}')
+    with pytest.raises(config_lib.ConfigError, match="'smok' is unknown"):
+        config_lib.with_argument(config_lib.imagenet(), "smok")
