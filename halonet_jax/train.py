@@ -10,10 +10,12 @@ resumes). The workdir holds `config.json`, `run.json` (versions, devices), `metr
 import functools
 import json
 import platform
+import shutil
 import subprocess
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import jax
 import ml_collections
@@ -31,32 +33,64 @@ _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; made where missing, resumed where not.")
 
 
+class Run(NamedTuple):
+    """All that stays the same while a run lasts."""
+
+    config: ml_collections.ConfigDict
+    workdir: epath.Path
+    mesh: jax.sharding.Mesh
+    train_source: data.Source
+    eval_source: data.Source
+    steps_per_epoch: float
+    last_step: int
+    schedule: Callable[[int], jax.Array]
+    train_step: Callable
+    eval_step: Callable
+    checkpointer: checkpoint.Checkpointer
+    reporter: reporting.Reporter
+    stop: stopping.StopRequest
+
+
 def main() -> int:
     """Entry point."""
     return train(_CONFIG.value, _WORKDIR.value)
 
 
 def train(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Runs the whole recipe and returns an exit code.
+    """Runs the whole recipe, or what is left of it, and returns an exit code.
 
     Raises:
         ConfigError, DataError, CheckpointError: for bad input, before anything is compiled.
         NonFiniteLoss: where training diverged; names the step and the last good checkpoint.
     """
-    stop = stopping.StopRequest()
     begin = time.monotonic()
+    with stopping.StopRequest() as stop:
+        run, train_state, step_metrics = prepare(config, workdir, stop)
+        start_step = int(train_state.step)
+        try:
+            train_state, results = run_steps(run, train_state, step_metrics)
+        except stopping.NonFiniteLoss as error:
+            raise stopping.NonFiniteLoss(f"{error}. {_advice(run)}") from None
+        finally:
+            run.checkpointer.close()
+            run.reporter.close()
+        elapsed = reporting.format_seconds(time.monotonic() - begin)
+        return finish(run, start_step, int(train_state.step), results, elapsed)
+
+
+def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, reporting.StepMetrics]:
+    """Config to data to state to programs: everything up to the first step."""
     config_lib.validate(config, jax.device_count())
     is_writer = jax.process_index() == 0
 
     # Data: what there is fixes the number of classes and of steps.
     train_source = data.open_source(config.data, config.data.train_split)
     eval_source = data.open_source(config.data, config.data.eval_split)
+    data.randaugment.check_ops(config.data.randaugment_ops)
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
     last_step = min(total_steps, config.max_steps or total_steps)
-    eval_every = round(config.eval_every_epochs * steps_per_epoch) or last_step
-
-    workdir = _open_workdir(config, workdir, is_writer)
+    workdir = open_workdir(config, workdir, is_writer)
 
     # State: shapes first, so that it is born, or restored, where it shall lie.
     mesh = sharding.make_mesh(config.mesh.fsdp)
@@ -67,116 +101,124 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
     abstract_state = jax.eval_shape(create_state)
     state_sharding = sharding.state_sharding(mesh, abstract_state)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoints_to_keep)
-    collected = []
     if checkpointer.latest_step() is None:
-        train_state = jax.jit(create_state, out_shardings=state_sharding)()
+        train_state, position = jax.jit(create_state, out_shardings=state_sharding)(), {}
     else:
         placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         train_state, position = checkpointer.restore(jax.tree.map(placed, abstract_state, state_sharding))
-        collected = position["step_metrics"]
-    if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
-        _record_run(config, workdir)
     start_step = int(train_state.step)
 
     # Programs.
-    on_all = jax.NamedSharding(mesh, jax.P())
+    everywhere = jax.NamedSharding(mesh, jax.P())
+    train_step = step.make_train_step(
+        task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps
+    )
     train_step = jax.jit(
-        step.make_train_step(
-            task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps
-        ),
-        in_shardings=(state_sharding, jax.NamedSharding(mesh, sharding.BATCH)),
-        out_shardings=(state_sharding, on_all),
-        donate_argnums=0,
-    )
-    eval_step = jax.jit(step.make_eval_step(task), out_shardings=on_all)
+        train_step, in_shardings=(state_sharding, jax.NamedSharding(mesh, sharding.BATCH)),
+        out_shardings=(state_sharding, everywhere), donate_argnums=0,
+    )  # fmt: skip
+    eval_step = jax.jit(step.make_eval_step(task), out_shardings=everywhere)
 
-    reporter = reporting.Reporter(
-        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer
-    )
-    if is_writer:
+    if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
+        record_run(config, workdir)
         parameters = sum(x.size for x in jax.tree.leaves(train_state.params))
         print(
             f"{config.model.name}: {parameters:,} parameters, {len(train_source):,} images, {train_source.num_classes} classes; "
-            f"{'resuming at' if start_step else 'starting at'} step {start_step} of {last_step}, batch {config.batch_size} on "
-            f"{jax.device_count()} {jax.devices()[0].device_kind} device(s), mesh {dict(mesh.shape)}",
+            f"step {start_step} of {last_step}, batch {config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} "
+            f"device(s), mesh {dict(mesh.shape)}",
             flush=True,
         )
+    reporter = reporting.Reporter(
+        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer
+    )
+    run = Run(
+        config, workdir, mesh, train_source, eval_source, steps_per_epoch, last_step, schedule, train_step, eval_step,
+        checkpointer, reporter, stop,
+    )  # fmt: skip
+    return run, train_state, reporting.StepMetrics(position.get("step_metrics", []))
 
-    shares = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    step_metrics = reporting.StepMetrics(collected)
 
-    def evaluate(train_state, at_step):
-        batch_size = config.eval_batch_size or config.batch_size
-        with data.eval_batches(eval_source, config.data, batch_size=batch_size, **shares) as batches:
-            sums = step.evaluate(eval_step, train_state.weights(), sharding.to_device(batches, mesh))
-            results = {f"{name}/{key}": value for name, total in sums.items() for key, value in step.means(total).items()}
-            results["eval/count"], results["eval/corrupt"] = sums["eval"]["count"], batches.num_corrupt
-        reporter.write(at_step, results)
+def run_steps(run: Run, train_state, step_metrics) -> tuple[state.TrainState, dict | None]:
+    """Steps up to the last, or to a signal. Returns the state and the evaluation of its step, where there was one.
+
+    Reports, evaluations and checkpoints come at fixed step numbers, so that a resumed run repeats none and skips none.
+    """
+    config, last_step, results = run.config, run.last_step, None
+    start_step = int(train_state.step)
+    eval_every = round(config.eval_every_epochs * run.steps_per_epoch) or last_step
+    with data.train_batches(
+        run.train_source, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step, **_share()
+    ) as batches:
+        for at_step, batch in zip(range(start_step + 1, last_step + 1), sharding.to_device(batches, run.mesh)):
+            train_state, metrics = run.train_step(train_state, batch)
+            step_metrics.append(at_step, metrics)
+            if at_step == start_step + 1:
+                jax.block_until_ready((metrics, run.schedule(at_step)))
+                run.reporter.restart_clock(at_step)  # compiling is over
+            if at_step % config.log_every_steps == 0 or at_step == last_step:
+                values = step_metrics.pop_means()
+                values |= {"learning_rate": float(run.schedule(at_step - 1)), "epoch": at_step / run.steps_per_epoch}
+                run.reporter.train(at_step, values | {"data/corrupt": batches.num_corrupt})
+            # None shortly before the last step, which is evaluated anyway.
+            due = at_step % eval_every == 0 and last_step - at_step >= eval_every / 2
+            results = evaluate(run, train_state, at_step) if due or at_step == last_step else None
+            if results or run.stop.signal or at_step % config.checkpoint_every_steps == 0:
+                position = {"examples_seen": at_step * config.batch_size, "step_metrics": step_metrics.collected()}
+                top1 = results and results.get("eval_ema/top1", results["eval/top1"])
+                stopping.check_finite(train_state, at_step)
+                run.checkpointer.save(train_state, position, top1)
+                run.reporter.restart_clock(at_step)
+            if run.stop.signal:
+                break
+    return train_state, results
+
+
+def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
+    """Evaluates raw and EMA weights in one pass over the evaluation split, and reports."""
+    config = run.config
+    batch_size = config.eval_batch_size or config.batch_size
+    with data.eval_batches(run.eval_source, config.data, batch_size=batch_size, **_share()) as batches:
+        sums = step.evaluate(run.eval_step, train_state.weights(), sharding.to_device(batches, run.mesh))
+        corrupt = batches.num_corrupt
+    results = {f"{name}/{key}": value for name, total in sums.items() for key, value in step.means(total).items()}
+    results |= {"eval/count": sums["eval"]["count"], "eval/corrupt": corrupt}
+    run.reporter.evaluation(at_step, results)
+    return results
+
+
+def _advice(run):
+    run.checkpointer.wait()
+    last = run.checkpointer.latest_step()
+    saved = "No checkpoint was saved before" if last is None else f"Last good checkpoint: {run.workdir}/checkpoints/{last}"
+    return (
+        f"{saved}. Try a lower schedule.learning_rate, more schedule.warmup_epochs, optimizer.clip_norm=1, or "
+        "model.dtype=float32"
+    )
+
+
+def finish(run: Run, start_step: int, at_step: int, results: dict | None, elapsed: str) -> int:
+    """Says where everything is; returns the exit code."""
+    is_writer = jax.process_index() == 0
+    if at_step < run.last_step:
         if is_writer:
-            scores = [f"{name} top-1 {results[f'{name}/top1']:.4f} top-5 {results[f'{name}/top5']:.4f}" for name in sums]
-            print(f"step {at_step}/{last_step}  " + "  ".join(scores) + f"  on {sums['eval']['count']} images", flush=True)
-        return results
-
-    def save(train_state, results=None):
-        top1 = results and results.get("eval_ema/top1", results["eval/top1"])
-        position = {"examples_seen": int(train_state.step) * config.batch_size, "step_metrics": step_metrics.collected()}
-        checkpointer.save(train_state, position, top1)
-
-    # Steps. Reports, evaluations and checkpoints come at fixed step numbers, so that a resumed run repeats none and skips none.
-    results = None
-    try:
-        with data.train_batches(
-            train_source, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step, **shares
-        ) as batches:
-            for at_step, batch in zip(range(start_step + 1, last_step + 1), sharding.to_device(batches, mesh)):
-                train_state, metrics = train_step(train_state, batch)
-                step_metrics.append(at_step, metrics)
-                if at_step == start_step + 1:
-                    jax.block_until_ready(metrics)
-                    reporter.restart_clock(at_step)  # compiling is over
-                if at_step % config.log_every_steps == 0 or at_step == last_step:
-                    values = step_metrics.pop_means()
-                    values["learning_rate"] = float(schedule(at_step - 1))
-                    values["epoch"], values["data/corrupt"] = at_step / steps_per_epoch, batches.num_corrupt
-                    reporter.train(at_step, values)
-                results = None
-                if at_step % eval_every == 0 or at_step == last_step:
-                    results = evaluate(train_state, at_step)
-                if results or stop.signal or at_step % config.checkpoint_every_steps == 0:
-                    save(train_state, results)
-                    reporter.restart_clock(at_step)
-                if stop.signal:
-                    break
-        checkpointer.wait()
-    except stopping.NonFiniteLoss as error:
-        checkpointer.wait()
-        raise stopping.NonFiniteLoss(
-            f"{error}. Last good checkpoint: step {checkpointer.latest_step()} in {workdir}/checkpoints. Try a lower "
-            "schedule.learning_rate, more schedule.warmup_epochs, optimizer.clip_norm=1, or model.dtype=float32"
-        ) from None
-    finally:
-        reporter.close()
-
-    at_step = int(train_state.step)
-    elapsed = reporting.format_seconds(time.monotonic() - begin)
-    if stop.signal and at_step < last_step:
-        print(f"{stop.signal}: saved step {at_step} after {elapsed}; the same command resumes", flush=True)
+            print(f"{run.stop.signal}: saved step {at_step} after {elapsed}; the same command resumes", flush=True)
         return stopping.EXIT_PREEMPTED
     if is_writer:
-        plots.learning_curve([workdir], workdir / "learning_curve.png")
-        results = results or reporting.last_evaluation(workdir)
+        results = results or reporting.last_evaluation(run.workdir)
+        plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
         scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("top1"))
+        status = f"done in {elapsed}" if at_step > start_step else f"nothing to do, step {at_step} was the last"
         print(
-            f"done in {elapsed}: {scores}. Results: {workdir}/metrics.jsonl, learning_curve.png; checkpoint: "
-            f"{workdir}/checkpoints/{at_step} (best: {checkpointer.best_step()})",
+            f"{status}: {scores}\n  results     {run.workdir}/metrics.jsonl, learning_curve.png\n"
+            f"  checkpoint  {run.workdir}/checkpoints/{at_step}",
             flush=True,
         )
-    checkpointer.close()
     return 0
 
 
-def _open_workdir(config, workdir, is_writer):
-    workdir = epath.Path(workdir)
+def open_workdir(config, workdir: str, is_writer: bool) -> epath.Path:
+    """Makes the folder where it is missing; names what in the config differs from the run that it holds."""
+    workdir = epath.Path(workdir if "://" in workdir else Path(workdir).resolve())  # Orbax wants absolute paths
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if is_writer:
@@ -186,27 +228,29 @@ def _open_workdir(config, workdir, is_writer):
     except OSError as error:
         raise config_lib.ConfigError(f"workdir {workdir} cannot be written ({error}); give another --workdir") from None
     if (workdir / "config.json").exists():
-        old = config_lib.from_dict(json.loads((workdir / "config.json").read_text()))
-        for line in config_lib.differences(old, config):
+        for line in config_lib.differences(config_lib.from_json((workdir / "config.json").read_text()), config):
             logging.warning("The config differs from this workdir's last run: %s", line)
-    # Orbax and TensorBoard want absolute paths.
-    return workdir if "://" in str(workdir) else epath.Path(Path(workdir).resolve())
+    return workdir
 
 
-def _record_run(config, workdir):
+def record_run(config, workdir: epath.Path) -> None:
+    """Writes the resolved config, and what it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "halonet_jax")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    run = {
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
+    about = {
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in packages},
-        "git_revision": git.stdout.strip() or None,
-        "devices": [str(device.device_kind) for device in jax.devices()],
+        "git_revision": revision or None,
+        "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
     }
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2))
-    (workdir / "run.json").write_text(json.dumps(run, indent=2))
+    (workdir / "config.json").write_text(config_lib.to_json(config))
+    (workdir / "run.json").write_text(json.dumps(about, indent=2))
+
+
+def _share():
+    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
 
 
 if __name__ == "__main__":

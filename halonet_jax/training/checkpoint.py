@@ -1,5 +1,6 @@
 """Checkpoints: Orbax, asynchronous, the state and the data position in one; the newest few and the best are kept."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,12 +28,15 @@ class Checkpointer:
     def __init__(self, directory: str | epath.Path, keep: int = 2, read_only: bool = False):
         self.directory = epath.Path(directory)
         newest = preservation_policy.LatestN(n=keep)
-        best = preservation_policy.BestN(get_metric_fn=lambda m: m["top1"], n=1, keep_checkpoints_without_metrics=False)
+        top1 = lambda metrics: metrics.get("top1", -1.0)  # -1: not evaluated
+        best = preservation_policy.BestN(get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
-            cleanup_tmp_directories=not read_only, read_only=read_only, create=not read_only,
+            best_fn=top1,  # makes Orbax write the metrics, so that a resumed run knows the best
+            cleanup_tmp_directories=not read_only, create=not read_only,
         )  # fmt: skip
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint; None where there is none."""
@@ -55,8 +59,8 @@ class Checkpointer:
         if step in self._manager.all_steps():
             return
         self._manager.save(
-            step, metrics=None if top1 is None else {"top1": top1}, force=True,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), position=ocp.args.JsonSave(position)),
+            step, metrics={} if top1 is None else {"top1": top1}, force=True,
+            args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)),
         )  # fmt: skip
 
     def restore(self, abstract_state: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
@@ -68,24 +72,50 @@ class Checkpointer:
         Raises:
             CheckpointError: where there is no such checkpoint, or its arrays are not those of `abstract_state`.
         """
+        step = self._find(step)
+        self._check_shapes(step, {field.name: getattr(abstract_state, field.name) for field in dataclasses.fields(abstract_state)})
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(state=_restore_args(abstract_state), position=ocp.args.JsonRestore())
+        )
+        logging.info("Restored %s/%d", self.directory, step)
+        return restored["state"], restored["position"]
+
+    def restore_weights(self, abstract: tuple[Any, Any], step: int | None = None, ema: bool = False) -> tuple[int, tuple[Any, Any]]:
+        """Reads parameters and batch statistics alone, raw or averaged.
+
+        Args:
+            abstract: `(params, model_state)` as `ShapeDtypeStruct`s with the shardings that they shall have.
+
+        Returns:
+            The step and `(params, model_state)`.
+
+        Raises:
+            CheckpointError: as `restore`; also where `ema` is asked for and was not kept.
+        """
+        step = self._find(step)
+        names = ("ema_params", "ema_model_state") if ema else ("params", "model_state")
+        if ema and self._manager.item_metadata(step)["state"]["ema_params"] is None:
+            raise CheckpointError(f"{self.directory}/{step} has no EMA (it was trained with ema_decay=0); leave out --ema")
+        wanted = dict(zip(names, abstract))
+        self._check_shapes(step, {names[0]: abstract[0]})
+        args = ocp.args.Composite(state=_restore_args(wanted, partial_restore=True))
+        restored = self._manager.restore(step, args=args)["state"]
+        return step, tuple(restored[name] for name in names)
+
+    def _find(self, step):
         step = self.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
             known = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
             raise CheckpointError(f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; there are: {known}")
-        self._check_shapes(step, abstract_state)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        logging.info("Restored %s/%d", self.directory, step)
-        return restored["state"], restored["position"]
+        return step
 
-    def _check_shapes(self, step, abstract_state):
+    def _check_shapes(self, step, wanted):
         saved = self._manager.item_metadata(step)["state"]
-        saved = _shapes({"params": saved["params"], "ema_params": saved["ema_params"]})
-        wanted = _shapes({"params": abstract_state.params, "ema_params": abstract_state.ema_params})
+        saved, wanted = _shapes({name: saved[name] for name in wanted}), _shapes(wanted)
         wrong = sorted(key for key in saved | wanted if saved.get(key) != wanted.get(key))
         if wrong:
             raise CheckpointError(
-                f"{self.directory}/{step} holds another model: {wrong[0]} is {saved.get(wrong[0], 'absent')} there and "
+                f"{self.directory}/{step} does not fit the config: {wrong[0]} is {saved.get(wrong[0], 'absent')} there and "
                 f"{wanted.get(wrong[0], 'absent')} by the config ({len(wrong)} arrays differ); use the config that wrote it, or "
                 "another workdir"
             )
@@ -102,3 +132,7 @@ class Checkpointer:
 def _shapes(tree):
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _restore_args(abstract, **options):
+    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), **options)

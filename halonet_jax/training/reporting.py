@@ -90,6 +90,13 @@ class Reporter:
             print("  ".join(parts), flush=True)
         self.restart_clock(step)
 
+    def evaluation(self, step: int, results: dict[str, float]) -> None:
+        """Reports an evaluation and prints its accuracies."""
+        self.write(step, results)
+        if self._enabled:
+            scores = [f"{name} top-1 {results[f'{name}/top1']:.4f}" for name in ("eval", "eval_ema") if f"{name}/top1" in results]
+            print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} images)", flush=True)
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one report."""
         if not self._enabled:
@@ -133,7 +140,6 @@ def format_seconds(seconds: float) -> str:
 
 def _tensorboard_writer(workdir):
     try:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
         from clu import metric_writers  # Imports TensorFlow, which takes seconds and may be missing.
 
         return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(workdir)))
