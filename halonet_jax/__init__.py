@@ -1,3 +1,9 @@
 """HaloNet (arXiv 2103.12731) in JAX and Flax."""
 
+import os
+
 __version__ = "0.1.0"
+
+# TensorFlow comes in late, for TFDS and TensorBoard alone; it would print a page of notices about oneDNN and AVX.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")

@@ -240,7 +240,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         raise ConfigError(f"config.model: {error}") from None
 
     for key, least, most in (
-        ("batch_size", 1, None), ("eval_batch_size", 0, None), ("num_epochs", 0, None), ("max_steps", 0, None),
+        ("seed", 0, None), ("batch_size", 1, None), ("eval_batch_size", 0, None), ("num_epochs", 0, None), ("max_steps", 0, None),
         ("label_smoothing", 0, 0.999), ("ema_decay", 0, 0.999999), ("model.stochastic_depth_rate", 0, 0.999),
         ("model.dropout_rate", 0, 0.999), ("model.bn_group_size", 0, None), ("model.bn_momentum", 0, 0.999999),
         ("data.image_size", 8, None), ("data.eval_crop", 0.01, 1), ("data.randaugment_layers", 0, None),
@@ -253,6 +253,10 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         ("checkpoints_to_keep", 1, None),
     ):  # fmt: skip
         _in_range(config, key, least, most)
+    for key in ("data.crop_scale", "data.crop_ratio"):
+        value = _get(config, key)
+        if len(value) != 2 or not 0 < value[0] <= value[1]:
+            raise ConfigError(f"{key}={value!r} must be two numbers above 0, the smaller one first")
     if config.num_epochs == 0 and config.max_steps == 0:
         raise ConfigError("num_epochs=0 trains nothing; set --config.num_epochs to more than 0")
     if config.data.source == "folder" and not config.data.dir:

@@ -30,7 +30,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (state.step + 1) / (state.step + 10))
             ema = optax.incremental_update((params, model_state), ema, 1 - decay)
         state = TrainState(state.step + 1, params, model_state, opt_state, *ema)
-        return state, {**metrics, "grad_norm": optax.global_norm(grads)}
+        return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 
