@@ -7,3 +7,5 @@ __version__ = "0.1.0"
 # TensorFlow comes in late, for TFDS and TensorBoard alone; it would print a page of notices about oneDNN and AVX.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+# OpenCV's remarks on damaged files: the loader names the file itself.
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")

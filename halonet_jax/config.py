@@ -239,6 +239,8 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from None
 
+    if config.num_epochs == 0 and config.max_steps == 0:
+        raise ConfigError("num_epochs=0 trains nothing; set --config.num_epochs to more than 0")
     for key, least, most in (
         ("seed", 0, None), ("batch_size", 1, None), ("eval_batch_size", 0, None), ("num_epochs", 0, None), ("max_steps", 0, None),
         ("label_smoothing", 0, 0.999), ("ema_decay", 0, 0.999999), ("model.stochastic_depth_rate", 0, 0.999),
@@ -248,7 +250,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         ("data.num_threads", 1, None), ("data.num_workers", 0, None), ("data.prefetch", 1, None),
         ("optimizer.accumulation_steps", 1, None), ("optimizer.clip_norm", 0, None), ("optimizer.weight_decay", 0, None),
         ("schedule.learning_rate", 0, None), ("schedule.learning_rate_batch_size", 0, None),
-        ("schedule.warmup_epochs", 0, config.num_epochs), ("schedule.end_factor", 0, 1), ("mesh.fsdp", 1, None),
+        ("schedule.warmup_epochs", 0, config.num_epochs or None), ("schedule.end_factor", 0, 1), ("mesh.fsdp", 1, None),
         ("log_every_steps", 1, None), ("eval_every_epochs", 0, None), ("checkpoint_every_steps", 1, None),
         ("checkpoints_to_keep", 1, None),
     ):  # fmt: skip
@@ -257,8 +259,6 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         value = _get(config, key)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise ConfigError(f"{key}={value!r} must be two numbers above 0, the smaller one first")
-    if config.num_epochs == 0 and config.max_steps == 0:
-        raise ConfigError("num_epochs=0 trains nothing; set --config.num_epochs to more than 0")
     if config.data.source == "folder" and not config.data.dir:
         raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
     _check_batches(config, device_count)
