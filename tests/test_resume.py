@@ -140,7 +140,7 @@ def test_best_checkpoint_survives_worse_ones(uninterrupted, tmp_path):
 
 def test_non_finite_loss_stops_and_leaves_the_good_checkpoint(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    config = RUN | {"max_steps": STEPS + 9, "checkpoint_every_steps": 1, "checkpoints_to_keep": 9, "schedule__learning_rate": 1e38}
+    config = RUN | {"max_steps": STEPS + 9, "checkpoint_every_steps": 1, "checkpoints_to_keep": 9, "schedule__learning_rate": 1e39}
     done = train(tmp_path / "run", code=70, **config)
     last = checkpoints(tmp_path / "run")[-1]
     error = done.stderr.splitlines()[-1]
