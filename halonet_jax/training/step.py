@@ -16,7 +16,8 @@ def make_train_step(
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Metrics are float32 scalars: the task's, "loss" and "grad_norm". Random numbers depend on the seed and the step alone.
+    Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm"; all are finite as long as the new parameters
+    are. Random numbers depend on the seed and the step alone.
     """
 
     def train_step(state, batch):
@@ -30,7 +31,7 @@ def make_train_step(
             decay = jnp.minimum(ema_decay, (state.step + 1) / (state.step + 10))
             ema = optax.incremental_update((params, model_state), ema, 1 - decay)
         state = TrainState(state.step + 1, params, model_state, opt_state, *ema)
-        return state, {**metrics, "grad_norm": optax.tree.norm(grads)}
+        return state, {**metrics, "grad_norm": optax.tree.norm(grads), "update_norm": optax.tree.norm(updates)}
 
     return train_step
 
@@ -70,11 +71,18 @@ def make_eval_step(task: Task) -> Callable[[Any, dict], dict]:
 def evaluate(eval_step: Callable, weights: dict[str, Any], batches: Iterable[dict]) -> dict[str, dict[str, float | int]]:
     """One pass over `batches` for all of `weights`; returns the sums of each, exact where they are counts."""
     totals = {name: {} for name in weights}
-    for batch in batches:
-        sums = {name: eval_step(weight, batch) for name, weight in weights.items()}
+
+    def add(sums):
         for name, values in jax.device_get(sums).items():
             for key, value in values.items():
                 totals[name][key] = totals[name].get(key, 0) + np.asarray(value).item()
+
+    previous = {}  # fetched only once the next batch is dispatched, so that the device never waits
+    for batch in batches:
+        sums = {name: eval_step(weight, batch) for name, weight in weights.items()}
+        add(previous)
+        previous = sums
+    add(previous)
     return totals
 
 
