@@ -1,6 +1,6 @@
 """A small HaloNet on scikit-learn's 1,797 scanned digits: the first thing to run. Minutes on a laptop, nothing to download.
 
-    python -m halonet_jax.train --config=configs/digits.py --workdir=runs/digits
+python -m halonet_jax.train --config=configs/digits.py --workdir=runs/digits
 """
 
 from halonet_jax import config as config_lib

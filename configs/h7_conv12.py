@@ -2,7 +2,8 @@
 
     python -m halonet_jax.train --config=configs/h7_conv12.py --workdir=WORKDIR
 
-Source: arXiv 2103.12731, table of H7 hybrids; the recipe is H7's. The squeeze ratio is not stated; 1/8 is the paper's for detection.
+Source: arXiv 2103.12731, table of H7 hybrids; the recipe is H7's. The squeeze ratio is not stated; the paper has 1/8 for
+detection.
 Published: 84.7 top-1, at 1.0 times the training time of EfficientNet-B7.
 """
 

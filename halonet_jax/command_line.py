@@ -3,7 +3,7 @@
 import logging as python_logging
 import sys
 import traceback
-from typing import Callable
+from collections.abc import Callable
 
 from absl import app, flags, logging
 
@@ -67,7 +67,11 @@ def _unknown_key(error):
     while isinstance(error.args[0], Exception):
         error = error.args[0]
     key, *hint = str(error.args[0]).splitlines()
-    return "; ".join([key, *hint]).replace("Did you mean", "did you mean") if hint else f"{key}; config.py of the package lists all"
+    return (
+        "; ".join([key, *hint]).replace("Did you mean", "did you mean")
+        if hint
+        else f"{key}; config.py of the package lists all"
+    )
 
 
 def _fail(error, code):

@@ -215,7 +215,9 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 def _flatten(config, prefix=""):
     flat = {}
     for key, value in config.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else {prefix + key: value})
+        flat.update(
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, ml_collections.ConfigDict) else {prefix + key: value}
+        )
     return flat
 
 
@@ -270,7 +272,9 @@ def _check_batches(config, device_count):
         raise ConfigError(f"mesh.fsdp={config.mesh.fsdp} does not divide {device_count} devices; use one of {divisors}")
     for key in ("batch_size", "eval_batch_size"):
         if config[key] % device_count:
-            raise ConfigError(f"{key}={config[key]} does not divide over {device_count} devices; {_multiples(config[key], device_count)}")
+            raise ConfigError(
+                f"{key}={config[key]} does not divide over {device_count} devices; {_multiples(config[key], device_count)}"
+            )
     steps, group = config.optimizer.accumulation_steps, config.model.bn_group_size
     if config.batch_size % (steps * device_count):
         raise ConfigError(

@@ -1,6 +1,6 @@
 """Evaluates a run's checkpoint: exact counts, top-1 and top-5, printed and written as JSON.
 
-    python -m halonet_jax.evaluate --workdir=runs/digits [--ema] [--step=best] [--split=test] [--data_dir=…]
+python -m halonet_jax.evaluate --workdir=runs/digits [--ema] [--step=best] [--split=test] [--data_dir=…]
 """
 
 import json
@@ -71,7 +71,9 @@ def evaluate(
     task = classification.make_task(config, source.num_classes)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())), abstract)
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())), abstract
+    )
     at_step, weights = checkpointer.restore_weights(abstract, _step_number(checkpointer, at), ema=ema)
 
     eval_step = jax.jit(step.make_eval_step(task))
@@ -93,7 +95,9 @@ def _step_number(checkpointer, at):
     if at == "best":
         best = checkpointer.best_step()
         if best is None:
-            raise checkpoint.CheckpointError(f"no checkpoint in {checkpointer.directory} was evaluated in training; use --step=latest")
+            raise checkpoint.CheckpointError(
+                f"no checkpoint in {checkpointer.directory} was evaluated in training; use --step=latest"
+            )
         return best
     if not at.isdigit():
         raise config_lib.ConfigError(f"step={at!r} is no checkpoint; use a step number, 'latest' or 'best'")

@@ -1,6 +1,6 @@
 """Draws the README's pictures into docs/: the operator, and the learning curves of the runs named.
 
-    python scripts/draw_pictures.py [--workdirs=runs/digits,runs/other]
+python scripts/draw_pictures.py [--workdirs=runs/digits,runs/other]
 """
 
 from absl import app, flags

@@ -61,7 +61,7 @@ BAD = (
     ("data.image_size", 0, 1, "data.image_size=0 must be at least 8"),
     ("label_smoothing", 1.0, 1, "label_smoothing=1.0 must be between 0 and 0.999"),
     ("schedule.warmup_epochs", 400.0, 1, "schedule.warmup_epochs=400.0 must be between 0 and 350.0"),
-    ("num_epochs", 0.0, 1, "must be"),
+    ("num_epochs", 0.0, 1, "num_epochs=0 trains nothing"),
 )
 
 

@@ -47,7 +47,12 @@ def assert_same_run(workdir, other):
 
 def start(workdir, **config):
     return subprocess.Popen(
-        train_command(workdir, **(RUN | config)), cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        train_command(workdir, **(RUN | config)),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -140,7 +145,12 @@ def test_best_checkpoint_survives_worse_ones(uninterrupted, tmp_path):
 
 def test_non_finite_loss_stops_and_leaves_the_good_checkpoint(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    config = RUN | {"max_steps": STEPS + 9, "checkpoint_every_steps": 1, "checkpoints_to_keep": 9, "schedule__learning_rate": 1e39}
+    config = RUN | {
+        "max_steps": STEPS + 9,
+        "checkpoint_every_steps": 1,
+        "checkpoints_to_keep": 9,
+        "schedule__learning_rate": 1e39,
+    }
     done = train(tmp_path / "run", code=70, **config)
     last = checkpoints(tmp_path / "run")[-1]
     error = done.stderr.splitlines()[-1]
@@ -153,7 +163,9 @@ def test_non_finite_loss_stops_and_leaves_the_good_checkpoint(uninterrupted, tmp
 
 
 def test_other_model_is_refused_and_the_workdir_left_alone(uninterrupted):
-    state = lambda: {p: p.stat().st_mtime_ns for p in itertools.chain(uninterrupted.glob("*"), uninterrupted.rglob("checkpoints/*"))}
+    state = lambda: {
+        p: p.stat().st_mtime_ns for p in itertools.chain(uninterrupted.glob("*"), uninterrupted.rglob("checkpoints/*"))
+    }
     before = state()
     done = train(uninterrupted, code=2, **(RUN | {"model__base_width": 16}))
     assert "model.base_width: 8 -> 16" in done.stderr

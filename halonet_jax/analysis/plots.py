@@ -1,7 +1,5 @@
 """Pictures of runs and of the operator."""
 
-import os
-
 from etils import epath
 
 from halonet_jax.training import reporting
@@ -69,7 +67,9 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
         middle.annotate("", (start, -0.35), (stop, -0.35), arrowprops={"arrowstyle": "<->", "color": MUTED, "lw": 1.2})
         middle.text((start + stop) / 2, -0.5, label, ha="center", va="bottom", color=MUTED, fontsize=11)
     handles = [_pixel(0, 0, query, alpha=0.85), _pixel(0, 0, key, alpha=0.45)]
-    figure.legend(handles, ["queries", "halo: keys and values only"], loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    figure.legend(
+        handles, ["queries", "halo: keys and values only"], loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
+    )
     _save(figure, path)
 
 

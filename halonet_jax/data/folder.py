@@ -90,6 +90,4 @@ def _split_folder(root: str, split: str, flag: str) -> str:
         raise DataError(f"{root} has no split {split!r}, nor any other; images belong in {root}/{split}/<class>/")
     usual = ("train",) if flag == "train_split" else ("validation", "val", "valid", "test")
     best = next((s for s in usual if s in splits), splits[0])
-    raise DataError(
-        f"{root} has no split {split!r}; its splits are {', '.join(splits)}: set --config.data.{flag}={best}"
-    )
+    raise DataError(f"{root} has no split {split!r}; its splits are {', '.join(splits)}: set --config.data.{flag}={best}")

@@ -106,7 +106,7 @@ def posterize(image, magnitude, rng):
 def solarize(image, magnitude, rng):
     """Inverts the values at and above a threshold."""
     del rng
-    return _look_up(image, np.where(_LEVELS < int(25.6 * magnitude), _LEVELS, 255 - _LEVELS))
+    return _look_up(image, np.where(int(25.6 * magnitude) > _LEVELS, _LEVELS, 255 - _LEVELS))
 
 
 def solarize_add(image, magnitude, rng):

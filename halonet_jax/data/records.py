@@ -1,5 +1,6 @@
 """Labelled images as TFDS array_record files. TFDS is imported when such a source is opened, TensorFlow not at all."""
 
+import contextlib
 import os
 import re
 import sys
@@ -115,7 +116,5 @@ def _keep_tensorflow_off_accelerators():
     """TFDS may import TensorFlow, which would take all memory of a GPU that JAX needs."""
     import tensorflow as tf
 
-    try:
+    with contextlib.suppress(RuntimeError):  # TensorFlow has started: whoever started it has chosen its devices
         tf.config.set_visible_devices([], "GPU")
-    except RuntimeError:
-        pass  # TensorFlow has started; whoever started it has chosen its devices

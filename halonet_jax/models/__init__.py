@@ -4,7 +4,7 @@ import inspect
 
 import jax.numpy as jnp
 
-from halonet_jax.models import halonet, variants
+from halonet_jax.models import variants
 from halonet_jax.models.halonet import Backbone, HaloNet, stack_blocks, unstack_blocks
 from halonet_jax.models.layers import HaloAttention
 

@@ -14,7 +14,7 @@ ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
 
 
 def _conv(features, kernel_size, stride=1, **rest):
-    """Symmetric padding, so that a strided conv's output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are."""
+    """Pads symmetrically: a strided conv's output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are."""
     return nn.Conv(
         features, (kernel_size, kernel_size), (stride, stride), padding=kernel_size // 2, use_bias=False,
         kernel_init=nn.initializers.he_normal(), **rest,
@@ -22,7 +22,7 @@ def _conv(features, kernel_size, stride=1, **rest):
 
 
 class Bottleneck(nn.Module):
-    """1x1 conv to `width`, attention or 3x3 conv, 1x1 conv to `out_width`, residual. `[B, H, W, C] -> [B, H/s, W/s, out_width]`."""
+    """1x1 conv to `width`, attention or 3x3 conv, 1x1 conv to `out_width`, residual. `[B, H, W, C] -> [B, H/s, W/s, out]`."""
 
     kind: str
     width: int
@@ -114,7 +114,7 @@ class Backbone(nn.Module):
         rates = np.linspace(0, self.stochastic_depth_rate, depth, dtype=np.float32)
         rates = np.split(rates, np.cumsum(self.stage_sizes)[:-1])
         maps = []
-        for stage, blocks in enumerate(self.stage_sizes):
+        for stage in range(4):
             x = self._stage(x, stage, rates[stage], norm, activation, drop=train and self.stochastic_depth_rate > 0)
             maps.append(x)
         return tuple(maps)
@@ -194,7 +194,7 @@ def unstack_blocks(variables):
                 out[name] = value
                 continue
             for i in range(len(jax.tree.leaves(value)[0])):
-                out[f"{name[:-1]}{i + 2}"] = jax.tree.map(lambda leaf: leaf[i], value)
+                out[f"{name[:-1]}{i + 2}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
         return out
 
     return _convert_backbone(variables, convert)

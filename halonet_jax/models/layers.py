@@ -1,6 +1,7 @@
 """Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp

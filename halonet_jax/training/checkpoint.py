@@ -73,14 +73,18 @@ class Checkpointer:
             CheckpointError: where there is no such checkpoint, or its arrays are not those of `abstract_state`.
         """
         step = self._find(step)
-        self._check_shapes(step, {field.name: getattr(abstract_state, field.name) for field in dataclasses.fields(abstract_state)})
+        self._check_shapes(
+            step, {field.name: getattr(abstract_state, field.name) for field in dataclasses.fields(abstract_state)}
+        )
         restored = self._manager.restore(
             step, args=ocp.args.Composite(state=_restore_args(abstract_state), position=ocp.args.JsonRestore())
         )
         logging.info("Restored %s/%d", self.directory, step)
         return restored["state"], restored["position"]
 
-    def restore_weights(self, abstract: tuple[Any, Any], step: int | None = None, ema: bool = False) -> tuple[int, tuple[Any, Any]]:
+    def restore_weights(
+        self, abstract: tuple[Any, Any], step: int | None = None, ema: bool = False
+    ) -> tuple[int, tuple[Any, Any]]:
         """Reads parameters and batch statistics alone, raw or averaged.
 
         Args:
@@ -106,7 +110,9 @@ class Checkpointer:
         step = self.latest_step() if step is None else step
         if step is None or step not in self._manager.all_steps():
             known = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
-            raise CheckpointError(f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; there are: {known}")
+            raise CheckpointError(
+                f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; there are: {known}"
+            )
         return step
 
     def _check_shapes(self, step, wanted):

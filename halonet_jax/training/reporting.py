@@ -94,7 +94,9 @@ class Reporter:
         """Reports an evaluation and prints its accuracies."""
         self.write(step, results)
         if self._enabled:
-            scores = [f"{name} top-1 {results[f'{name}/top1']:.4f}" for name in ("eval", "eval_ema") if f"{name}/top1" in results]
+            scores = [
+                f"{name} top-1 {results[f'{name}/top1']:.4f}" for name in ("eval", "eval_ema") if f"{name}/top1" in results
+            ]
             print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} images)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:

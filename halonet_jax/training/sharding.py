@@ -5,11 +5,13 @@ Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Bat
 
 import collections
 import itertools
-from typing import Any, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))
 # Smaller arrays are copied rather than shared out: gathering them would cost more than they save.
@@ -19,7 +21,9 @@ MIN_SHARDED_SIZE = 2**14
 def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     """A `[data, fsdp]` mesh over all devices; `fsdp` must divide their number."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices) // fsdp, fsdp), ("data", "fsdp"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    return jax.make_mesh(
+        (len(devices) // fsdp, fsdp), ("data", "fsdp"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2
+    )
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:

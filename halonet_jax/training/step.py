@@ -1,6 +1,7 @@
 """The train step and the evaluation pass, as pure functions over the state."""
 
-from typing import Any, Callable, Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +41,9 @@ def _gradients(task, state, batch, rng, accumulation_steps):
     """Mean gradients, new model state and mean metrics of the batch, or of its micro-batches one after the other."""
 
     def compute(model_state, batch, rng):
-        (loss, (model_state, metrics)), grads = jax.value_and_grad(task.loss, has_aux=True)(state.params, model_state, batch, rng)
+        (loss, (model_state, metrics)), grads = jax.value_and_grad(task.loss, has_aux=True)(
+            state.params, model_state, batch, rng
+        )
         return grads, model_state, {"loss": loss, **metrics}
 
     if accumulation_steps == 1:

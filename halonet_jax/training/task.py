@@ -1,6 +1,7 @@
 """The contract between a task (a model with its loss) and the training loop."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 
 class Task(NamedTuple):

@@ -29,7 +29,7 @@ def photo():
 
     def make(height=75, width=100, seed=0, noise=10.0):
         rng = np.random.default_rng(seed)
-        y, x = np.mgrid[0:1:height * 1j, 0:1:width * 1j]
+        y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
         smooth = np.stack([np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + c) for c in range(3)], -1)
         return np.clip(127 + 100 * smooth + rng.normal(0, noise, smooth.shape), 0, 255).astype(np.uint8)
 

@@ -96,9 +96,7 @@ def test_processes_share_out_the_batch(digits, data_config, reference, count):
     assert_same(joined, reference[:3])
 
 
-@pytest.mark.parametrize(
-    "how", [{"num_threads": 1}, {"num_threads": 7, "prefetch": 1}, {"num_threads": 0}, {"num_workers": 2}]
-)
+@pytest.mark.parametrize("how", [{"num_threads": 1}, {"num_threads": 7, "prefetch": 1}, {"num_threads": 0}, {"num_workers": 2}])
 def test_threads_and_workers_change_nothing(digits, data_config, reference, how):
     loader = data.train_batches(digits, data_config(**how), batch_size=48, seed=1, start_step=28)
     assert_same(take(loader, 5), reference[28:33])

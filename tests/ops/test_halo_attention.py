@@ -88,7 +88,9 @@ def test_random_shapes_agree(data):
         "padding": data.draw(st.sampled_from(("mask", "zero"))), "window": data.draw(st.sampled_from(("neighborhood", "centered")))
     }  # fmt: skip
     heads, channels, value_channels = draw(1, 3), 2 * draw(1, 4), draw(1, 5)
-    inputs = make_inputs(draw(0, 9), height, width, b, h, stride, heads, channels, value_channels, data.draw(st.booleans()), batch=1)
+    inputs = make_inputs(
+        draw(0, 9), height, width, b, h, stride, heads, channels, value_channels, data.draw(st.booleans()), batch=1
+    )
     f = functools.partial(halo_attention, block_size=b, halo_size=h, stride=stride, **options)
     blocked, reference = jax.jit(lambda *x: (f(*x), f(*x, implementation="reference")))(*inputs)
     np.testing.assert_allclose(blocked, reference, atol=1e-5)
