@@ -1,8 +1,9 @@
 """RandAugment (Cubuk et al., arXiv 1909.13719): a few random ops, all of one strength.
 
-Ops, strengths and their quirks follow the TensorFlow code published with AutoAugment and EfficientNet, which the
-paper's numbers come from; as there, geometric ops take the nearest pixel. One thing differs: lengths that were pixels
-at a side of 224 are shares of the image's side, so that a magnitude means the same at every resolution.
+Ops and strengths follow the TensorFlow code published with AutoAugment and EfficientNet, which the paper's numbers come
+from: lengths are pixels whatever the image's side, and geometric ops take the nearest pixel. We deviate in two places:
+lengths are capped, so that small images survive, and `contrast` blends with the true mean gray, as Pillow does, where the
+TensorFlow code divides the mean by the wrong count.
 
 Magnitudes are nominally 0 to 10 and may go beyond (the paper searches up to 31). What each op does with `m`:
 
@@ -20,10 +21,9 @@ color, contrast,    enhancement factor 0.1 + 1.8 · m/10      grows (5.68 at 31)
 brightness,         (1: unchanged, at m = 5)
 sharpness
 shear_x, shear_y    ±0.3 · m/10 pixels per pixel             grows (0.93 at 31)
-translate_x,        ±100/224 of the side · m/10              grows up to 3/4 of the side (from 16.8 on),
+translate_x,        ±100 pixels · m/10                       grows, up to 3/4 of the side,
 translate_y                                                  so that some of the image stays
-cutout              square of half-side 40/224 · m/10        grows up to a half-side of 1/2 (from 28 on)
-                    of the shorter side
+cutout              square of half-side 40 pixels · m/10     grows, up to a half-side of half the shorter side
 ==================  =======================================  ==========================================
 
 Pixels that come from outside the image are gray (128), as is the cut-out square.
@@ -174,7 +174,7 @@ def translate_y(image, magnitude, rng):
 def cutout(image, magnitude, rng):
     """Covers a square about a random pixel with gray; what lies outside the image is cut off (arXiv 1708.04552)."""
     h, w = image.shape[:2]
-    half = round(min(40 / 224 * magnitude / 10, 0.5) * min(h, w))
+    half = round(min(4 * magnitude, 0.5 * min(h, w)))
     y, x = int(rng.integers(h)), int(rng.integers(w))
     image = image.copy()
     image[max(y - half, 0) : y + half, max(x - half, 0) : x + half] = GRAY
@@ -224,7 +224,7 @@ def _sign(rng: np.random.Generator) -> float:
 
 
 def _shift(side: int, magnitude: float, rng: np.random.Generator) -> float:
-    return _sign(rng) * min(100 / 224 * magnitude / 10, 0.75) * side
+    return _sign(rng) * min(10 * magnitude, 0.75 * side)
 
 
 def _warp(image: np.ndarray, matrix) -> np.ndarray:

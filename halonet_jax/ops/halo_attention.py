@@ -52,12 +52,13 @@ def halo_attention(
             arXiv 1906.05909, with k = 2h + 1).
         padding: what keys outside of the map do: "mask" (take no part) or "zero" (take part with zero key and value,
             keeping their position's logit, as in timm). The paper does not say.
-        logits_scale: factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
+        logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
             tables divided by it.)
         implementation: "blocked" (fast) or "reference" (slow, obvious, in float32).
 
     Returns:
-        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs.
+        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;
+        with bfloat16 inputs, softmax weights are rounded to bfloat16 where they meet v.
 
     Raises:
         ValueError: for arguments that break a rule above; the message states value and rule.
@@ -65,6 +66,8 @@ def halo_attention(
     _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation)
     if logits_scale is None:
         logits_scale = q.shape[-1] ** -0.5
+    if not logits_scale > 0:
+        raise ValueError(f"logits_scale={logits_scale!r} must be more than 0")
     return IMPLEMENTATIONS[implementation](
         q, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=stride,
         centered=window == "centered", masked=padding == "mask", logits_scale=logits_scale,
