@@ -17,6 +17,7 @@ from halonet_jax.models import variants
 DTYPES = ("float32", "bfloat16")
 SOURCES = ("tfds", "folder", "digits")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
+TASKS = ("classification",)
 
 
 class ConfigError(ValueError):
@@ -61,6 +62,10 @@ def imagenet() -> ml_collections.ConfigDict:
     m.value_ratio = placeholder(float)
     m.expansion_ratio = placeholder(float)
     m.final_width = placeholder(int)
+    m.stage_kinds = placeholder(tuple)
+    m.num_heads = placeholder(tuple)
+    m.stem = placeholder(str)
+    m.se_kinds = placeholder(tuple)
     m.se_ratio = placeholder(float)
     m.activation = placeholder(str)
 
@@ -71,7 +76,7 @@ def imagenet() -> ml_collections.ConfigDict:
     d.train_split = "train"
     d.eval_split = "validation"
     d.image_size = 256  # pixels, square
-    d.eval_crop = 0.875  # side of the central crop over the shorter side
+    d.eval_crop = 0.875  # side of the central crop over the shorter side; not stated, nor are the next five
     d.crop_scale = (0.08, 1.0)  # random resized crop: share of the area
     d.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width over height
     d.flip = True  # horizontal, with probability 1/2
@@ -227,7 +232,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     Raises:
         ConfigError: naming the value, the rule and the remedy.
     """
-    _one_of(config, "task", ("classification",))
+    _one_of(config, "task", TASKS)
     _one_of(config, "model.dtype", DTYPES)
     _one_of(config, "model.padding", ("mask", "zero"))
     _one_of(config, "model.window", ("neighborhood", "centered"))
@@ -250,7 +255,8 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         ("data.image_size", 8, None), ("data.eval_crop", 0.01, 1), ("data.randaugment_layers", 0, None),
         ("data.randaugment_magnitude", 0, None), ("data.mixup_alpha", 0, None), ("data.cutmix_alpha", 0, None),
         ("data.num_threads", 1, None), ("data.num_workers", 0, None), ("data.prefetch", 1, None),
-        ("optimizer.accumulation_steps", 1, None), ("optimizer.clip_norm", 0, None), ("optimizer.weight_decay", 0, None),
+        ("optimizer.accumulation_steps", 1, None), ("optimizer.momentum", 0, 0.999999), ("optimizer.b1", 0, 0.999999),
+        ("optimizer.b2", 0, 0.999999), ("model.bn_epsilon", 0, 1), ("optimizer.clip_norm", 0, None), ("optimizer.weight_decay", 0, None),
         ("schedule.learning_rate", 0, None), ("schedule.learning_rate_batch_size", 0, None),
         ("schedule.warmup_epochs", 0, config.num_epochs or None), ("schedule.end_factor", 0, 1), ("mesh.fsdp", 1, None),
         ("log_every_steps", 1, None), ("eval_every_epochs", 0, None), ("checkpoint_every_steps", 1, None),
@@ -263,6 +269,15 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
             raise ConfigError(f"{key}={value!r} must be two numbers above 0, the smaller one first")
     if config.data.source == "folder" and not config.data.dir:
         raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
+    if any(len(v) != 3 for v in (config.data.mean, config.data.std)) or min(config.data.std) <= 0:
+        raise ConfigError(
+            f"data.mean={config.data.mean} and data.std={config.data.std} must be three numbers each, std above 0"
+        )
+    if config.optimizer.name == "lamb" and config.model.scan:
+        raise ConfigError(
+            "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "
+            "--config.model.scan=False"
+        )
     _check_batches(config, device_count)
 
 
@@ -309,6 +324,6 @@ def _one_of(config, key, known):
 
 def _in_range(config, key, least, most):
     value = _get(config, key)
-    if value < least or (most is not None and value > most):
+    if not (least <= value and (most is None or value <= most)):  # so that NaN fails
         rule = f"at least {least}" if most is None else f"between {least} and {most}"
         raise ConfigError(f"{key}={value!r} must be {rule}")

@@ -4,14 +4,14 @@ python -m halonet_jax.evaluate --workdir=runs/digits [--ema] [--step=best] [--sp
 """
 
 import json
+import re
 
 import jax
 from absl import flags
 from etils import epath
 
-from halonet_jax import command_line, data
+from halonet_jax import command_line, data, tasks
 from halonet_jax import config as config_lib
-from halonet_jax.tasks import classification
 from halonet_jax.training import checkpoint, sharding, step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, as given to halonet_jax.train.")
@@ -68,7 +68,7 @@ def evaluate(
 
     source = data.open_source(config.data, split)
     mesh = sharding.make_mesh()
-    task = classification.make_task(config, source.num_classes)
+    task = tasks.make_task(config, source.num_classes)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     abstract = jax.tree.map(
@@ -76,16 +76,23 @@ def evaluate(
     )
     at_step, weights = checkpointer.restore_weights(abstract, _step_number(checkpointer, at), ema=ema)
 
-    eval_step = jax.jit(step.make_eval_step(task))
-    with data.eval_batches(source, config.data, batch_size=config.eval_batch_size) as batches:
+    eval_step = jax.jit(step.make_eval_step(task), out_shardings=jax.NamedSharding(mesh, jax.P()))
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    with data.eval_batches(source, config.data, batch_size=config.eval_batch_size, **share) as batches:
         sums = step.evaluate(eval_step, {"eval": weights}, sharding.to_device(batches, mesh))["eval"]
         corrupt = batches.num_corrupt
-    path = workdir / f"eval_{split}_{at_step}{'_ema' if ema else ''}.json"
+    if not sums["count"]:
+        raise data.DataError(f"no image of split {split!r} could be read, {corrupt} are corrupt; see the warnings above")
+    path = workdir / f"eval_{re.sub('[^a-zA-Z0-9_-]+', '_', split)}_{at_step}{'_ema' if ema else ''}.json"
     result = {
         "split": split, "step": at_step, "ema": ema, "count": sums["count"], **step.means(sums), "top1_count": sums["top1"],
         "top5_count": sums["top5"], "corrupt": corrupt, "path": str(path),
     }  # fmt: skip
-    path.write_text(json.dumps(result, indent=2))
+    if jax.process_index() == 0:
+        try:
+            path.write_text(json.dumps(result, indent=2))
+        except OSError as error:
+            raise config_lib.ConfigError(f"workdir {workdir} cannot be written ({error}); the result is {result}") from None
     return result
 
 

@@ -24,10 +24,9 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from halonet_jax import command_line, data
+from halonet_jax import __version__, command_line, data, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.analysis import plots
-from halonet_jax.tasks import classification
 from halonet_jax.training import checkpoint, optimizer, reporting, sharding, state, step, stopping
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
@@ -92,10 +91,14 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, reporting.Ste
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
     last_step = min(total_steps, config.max_steps or total_steps)
     workdir = open_workdir(config, workdir, is_writer)
+    per_device = config.batch_size // config.optimizer.accumulation_steps // jax.device_count()
+    if config.model.bn_group_size and per_device % config.model.bn_group_size and is_writer:
+        message = "Batch-norm groups of %d images span devices, which hold %d each: their statistics travel in every layer"
+        logging.warning(message, config.model.bn_group_size, per_device)
 
     # State: shapes first, so that it is born, or restored, where it shall lie.
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    task = classification.make_task(config, train_source.num_classes)
+    task = tasks.make_task(config, train_source.num_classes)
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule)
     create_state = functools.partial(state.create, task, tx, config.seed, ema=config.ema_decay > 0)
@@ -107,18 +110,20 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, reporting.Ste
     else:
         placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
         train_state, position = checkpointer.restore(jax.tree.map(placed, abstract_state, state_sharding))
+        check_same_data(position, describe_data(config, train_source))
     start_step = int(train_state.step)
 
     # Programs.
     everywhere = jax.NamedSharding(mesh, jax.P())
     train_step = step.make_train_step(
-        task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps
-    )
+        task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps,
+        mesh=mesh,
+    )  # fmt: skip
     train_step = jax.jit(
         train_step, in_shardings=(state_sharding, jax.NamedSharding(mesh, sharding.BATCH)),
         out_shardings=(state_sharding, everywhere), donate_argnums=0,
     )  # fmt: skip
-    eval_step = jax.jit(step.make_eval_step(task), out_shardings=everywhere)
+    eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=everywhere)
 
     if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
         record_run(config, workdir)
@@ -155,7 +160,7 @@ def run_steps(run: Run, train_state, step_metrics) -> tuple[state.TrainState, di
             step_metrics.append(at_step, metrics)
             if at_step == start_step + 1:
                 jax.block_until_ready((metrics, run.schedule(at_step)))
-                run.reporter.restart_clock(at_step)  # compiling is over
+                run.reporter.start_clock(at_step)  # compiling is over
             if at_step % config.log_every_steps == 0 or at_step == last_step:
                 values = step_metrics.pop_means()
                 values |= {"learning_rate": float(run.schedule(at_step - 1)), "epoch": at_step / run.steps_per_epoch}
@@ -164,7 +169,7 @@ def run_steps(run: Run, train_state, step_metrics) -> tuple[state.TrainState, di
             due = at_step % eval_every == 0 and last_step - at_step >= eval_every / 2
             results = evaluate(run, train_state, at_step) if due or at_step == last_step else None
             if results or run.stop.signal or at_step % config.checkpoint_every_steps == 0:
-                position = {"examples_seen": at_step * config.batch_size, "step_metrics": step_metrics.collected()}
+                position = describe_data(config, run.train_source) | {"step_metrics": step_metrics.collected()}
                 top1 = results and results.get("eval_ema/top1", results["eval/top1"])
                 stopping.check_finite(train_state, at_step)
                 run.checkpointer.save(train_state, position, top1)
@@ -181,6 +186,10 @@ def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
     with data.eval_batches(run.eval_source, config.data, batch_size=batch_size, **_share()) as batches:
         sums = step.evaluate(run.eval_step, train_state.weights(), sharding.to_device(batches, run.mesh))
         corrupt = batches.num_corrupt
+    if not sums["eval"]["count"]:
+        raise data.DataError(
+            f"no image of {config.data.eval_split!r} could be read, {corrupt} are corrupt; see the warnings above"
+        )
     results = {f"{name}/{key}": value for name, total in sums.items() for key, value in step.means(total).items()}
     results |= {"eval/count": sums["eval"]["count"], "eval/corrupt": corrupt}
     run.reporter.evaluation(at_step, results)
@@ -234,14 +243,34 @@ def open_workdir(config, workdir: str, is_writer: bool) -> epath.Path:
     return workdir
 
 
+def describe_data(config, source: data.Source) -> dict:
+    """What, with the step and the seed, fixes the batches to come; saved in every checkpoint."""
+    return {"batch_size": config.batch_size, "num_examples": len(source), "class_names": list(source.class_names)}
+
+
+def check_same_data(saved: dict, now: dict) -> None:
+    """Refuses other classes, whose labels would lie; names other changes, after which batches are not what they would have been."""
+    if saved["class_names"] != now["class_names"]:
+        changed = sorted(set(saved["class_names"]) ^ set(now["class_names"])) or ["their order"]
+        raise checkpoint.CheckpointError(
+            f"the checkpoint was trained on {len(saved['class_names'])} classes, the data has {len(now['class_names'])}, and they "
+            f"differ in {', '.join(changed[:5])}; give the data that it was trained on, or another --workdir"
+        )
+    for key in ("num_examples", "batch_size"):
+        if saved[key] != now[key]:
+            logging.warning(
+                "%s was %d and is %d: batches from here on are not those of an undisturbed run", key, saved[key], now[key]
+            )
+
+
 def record_run(config, workdir: epath.Path) -> None:
     """Writes the resolved config, and what it ran with."""
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "halonet_jax")
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
     about = {
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in packages},
+        "versions": {"halonet_jax": __version__} | {name: metadata.version(name) for name in packages},
         "git_revision": revision or None,
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),

@@ -58,6 +58,9 @@ BAD = (
     ("model.base_width", 4, 1, "stage 1 is 4 wide"),
     ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
+    ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
+    ("data.std", (0.0, 1.0, 1.0), 1, "must be three numbers each, std above 0"),
+    ("schedule.learning_rate", float("nan"), 1, "schedule.learning_rate=nan must be at least 0"),
     ("data.image_size", 0, 1, "data.image_size=0 must be at least 8"),
     ("label_smoothing", 1.0, 1, "label_smoothing=1.0 must be between 0 and 0.999"),
     ("schedule.warmup_epochs", 400.0, 1, "schedule.warmup_epochs=400.0 must be between 0 and 350.0"),
@@ -68,6 +71,7 @@ BAD = (
 @pytest.mark.parametrize("key, value, devices, message", BAD, ids=[f"{key}={value}" for key, value, *_ in BAD])
 def test_validation_names_value_rule_and_remedy(key, value, devices, message):
     config = config_lib.imagenet()
+    config.model.scan = True
     config.update_from_flattened_dict({key: value})
     with pytest.raises(config_lib.ConfigError, match=message):
         config_lib.validate(config, devices)

@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from entries import ROOT, checkpoints, command, evaluate, metrics, run, train, train_command
 
+from halonet_jax import train as train_entry
+from halonet_jax.training import checkpoint
+
 DIGITS = {"max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5}
 
 
@@ -218,3 +221,13 @@ def test_evaluation_without_a_run_or_a_checkpoint(finished, tmp_path):
     (tmp_path / "config.json").write_text((finished[0] / "config.json").read_text())
     assert "no checkpoint in" in one_line(run(evaluate_there, code=2))
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_other_data_on_resume(caplog):
+    saved = {"batch_size": 32, "num_examples": 24, "class_names": ["ant", "bee"]}
+    with pytest.raises(
+        checkpoint.CheckpointError, match="was trained on 2 classes, the data has 2, and they differ in ant, zebra"
+    ):
+        train_entry.check_same_data(saved, saved | {"class_names": ["bee", "zebra"]})
+    train_entry.check_same_data(saved, saved | {"num_examples": 32})
+    assert "num_examples was 24 and is 32" in caplog.text

@@ -95,16 +95,27 @@ def _check(variant):
     for key, least in (("block_size", 1), ("halo_size", 0), ("base_width", 1), ("stem_width", 1), ("final_width", 0)):
         if variant[key] < least:
             raise ValueError(f"{key}={variant[key]!r} must be at least {least}")
+    for key in ("value_ratio", "expansion_ratio"):
+        if not variant[key] > 0:
+            raise ValueError(f"{key}={variant[key]!r} must be more than 0")
+    if not 0 <= variant["se_ratio"] <= 1:
+        raise ValueError(f"se_ratio={variant['se_ratio']!r} must be between 0 and 1")
     for stage, (kind, heads) in enumerate(zip(variant["stage_kinds"], variant["num_heads"])):
         if kind not in ("attention", "conv"):
             raise ValueError(f"stage_kinds[{stage}]={kind!r} is unknown; use attention or conv")
         width = variant["base_width"] * 2**stage
         values = width * variant["value_ratio"]
-        if kind == "attention" and (width % (2 * heads) or values % heads):
+        if kind != "attention":
+            continue
+        if width % (2 * heads):
             raise ValueError(
-                f"stage {stage + 1} is {width} wide (base_width={variant['base_width']}) with values of {values:g} "
-                f"(value_ratio={variant['value_ratio']}); {heads} heads need an even number of channels each, and values that "
-                f"they divide. Use a base_width that is a multiple of {2 * max(variant['num_heads'])}, or fewer num_heads"
+                f"stage {stage + 1} is {width} wide (base_width={variant['base_width']}), and its {heads} heads need an even "
+                f"number of channels each; use a width that is a multiple of {2 * heads}, or other num_heads"
+            )
+        if values % heads:
+            raise ValueError(
+                f"stage {stage + 1} has values {values:g} wide (value_ratio={variant['value_ratio']}), which its {heads} heads do "
+                "not divide; use another value_ratio"
             )
 
 

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 # Finite, so that masking by a row and a column at once, times the scale, stays finite: queries that pad the map see no key.
 MASKED = np.float32(-1e30)
 

@@ -55,7 +55,8 @@ class Reporter:
     """Writes reports under `workdir`. On hosts other than the first, everything is a no-op.
 
     `metrics.jsonl` holds one JSON object a report, with "step" first. Reports of steps after `start_step`, left by a run that
-    died later than its last checkpoint, are dropped: their steps are run again.
+    died later than its last checkpoint, are dropped: their steps are run again. Where that leaves none, because there is no
+    checkpoint, the old file stays as `metrics.jsonl.bak`.
     """
 
     def __init__(self, workdir: str | epath.Path, *, start_step: int, last_step: int, batch_size: int, enabled: bool = True):
@@ -64,15 +65,22 @@ class Reporter:
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._tensorboard = None
         if enabled:
-            kept = [line for line in read_metrics(workdir) if line["step"] <= start_step]
+            reports = read_metrics(workdir)
+            self._lines = [json.dumps(report) + "\n" for report in reports if report["step"] <= start_step]
+            if reports and not self._lines:
+                self._path.replace(self._path.with_suffix(".jsonl.bak"))
             temporary = self._path.with_suffix(".jsonl.tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(self._lines))
             temporary.replace(self._path)
             self._tensorboard = _tensorboard_writer(workdir)
-        self.restart_clock(start_step)
+        self.start_clock(start_step)
+
+    def start_clock(self, step: int) -> None:
+        """Leaves out what came before `step` (compiling) from rates and ETA."""
+        self._begin = self._clock = (step, time.monotonic())
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out what came before `step` (compiling, evaluation) from the next rate."""
+        """Leaves out what came before (evaluation, saving) from the next rate; the ETA keeps it in."""
         self._clock = (step, time.monotonic())
 
     def train(self, step: int, values: dict[str, float]) -> None:
@@ -86,7 +94,9 @@ class Reporter:
             parts = [f"step {step}/{self._last_step} ({100 * step // self._last_step}%)", f"loss {values['train/loss']:.4f}"]
             if step > since_step:
                 parts.append(f"{values['images_per_second']:,.0f} img/s")
-                parts.append(f"ETA {format_seconds((self._last_step - step) * seconds_per_step)}")
+                begin_step, begin = self._begin
+                left = (self._last_step - step) * (time.monotonic() - begin) / (step - begin_step)
+                parts.append(f"ETA {format_seconds(left)}")
             print("  ".join(parts), flush=True)
         self.restart_clock(step)
 
@@ -104,12 +114,16 @@ class Reporter:
         if not self._enabled:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
+        self._lines.append(json.dumps({"step": step, **finite}) + "\n")
+        if "://" in str(self._path):  # object stores cannot append
+            self._path.write_text("".join(self._lines))
+        else:
+            with self._path.open("a") as file:
+                file.write(self._lines[-1])
+                file.flush()
+                os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
         if self._tensorboard:
-            self._tensorboard.write_scalars(step, {key: value for key, value in values.items()})
+            self._tensorboard.write_scalars(step, values)
 
     def close(self) -> None:
         """Flushes TensorBoard."""
@@ -142,8 +156,11 @@ def format_seconds(seconds: float) -> str:
 
 def _tensorboard_writer(workdir):
     try:
-        from clu import metric_writers  # Imports TensorFlow, which takes seconds and may be missing.
+        # Here, since TensorFlow takes seconds and may be missing; it must not take the GPU's memory either.
+        import tensorflow as tf
+        from clu import metric_writers
 
+        tf.config.set_visible_devices([], "GPU")
         return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(workdir)))
     except ImportError as error:
         logging.warning("No TensorBoard files, only metrics.jsonl: %s", error)

@@ -13,17 +13,23 @@ from halonet_jax.training.task import Task
 
 
 def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, *, seed: int, ema_decay: float, accumulation_steps: int = 1
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulation_steps: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm"; all are finite as long as the new parameters
-    are. Random numbers depend on the seed and the step alone.
+    Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm". Random numbers depend on the seed and the
+    step alone. With a `mesh`, weights that are shared out over it are gathered for use.
     """
 
     def train_step(state, batch):
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
-        grads, model_state, metrics = _gradients(task, state, batch, rng, accumulation_steps)
+        grads, model_state, metrics = _gradients(task, state, batch, rng, accumulation_steps, mesh)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = (state.ema_params, state.ema_model_state)
@@ -37,38 +43,45 @@ def make_train_step(
     return train_step
 
 
-def _gradients(task, state, batch, rng, accumulation_steps):
-    """Mean gradients, new model state and mean metrics of the batch, or of its micro-batches one after the other."""
+def _gradients(task, state, batch, rng, accumulation_steps, mesh):
+    """Gradients, new model state and metrics of the batch: those of its micro-batches, averaged."""
 
-    def compute(model_state, batch, rng):
-        (loss, (model_state, metrics)), grads = jax.value_and_grad(task.loss, has_aux=True)(
-            state.params, model_state, batch, rng
-        )
-        return grads, model_state, {"loss": loss, **metrics}
+    def compute(batch, rng):
+        loss = lambda params: task.loss(_gathered(params, mesh), state.model_state, batch, rng)
+        (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        return (grads, model_state), {"loss": loss, **metrics}
 
     if accumulation_steps == 1:
-        return compute(state.model_state, batch, rng)
+        sums, metrics = compute(batch, rng)
+        return *sums, metrics
 
     # Micro-batch j takes rows j, j + steps, …: then every device finds its part of it among its own rows.
     split = lambda x: x.reshape(x.shape[0] // accumulation_steps, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
 
-    def body(carry, xs):
-        model_state, sums = carry
+    def body(sums, xs):
         micro_batch, micro_step = xs
-        grads, model_state, metrics = compute(model_state, micro_batch, jax.random.fold_in(rng, micro_step))
-        return (model_state, jax.tree.map(jnp.add, sums, (grads, metrics))), None
+        terms, metrics = compute(micro_batch, jax.random.fold_in(rng, micro_step))
+        return jax.tree.map(jnp.add, sums, terms), metrics
 
-    micro_batches = (jax.tree.map(split, batch), jnp.arange(accumulation_steps))
-    shapes = jax.eval_shape(compute, state.model_state, jax.tree.map(lambda x: x[0], micro_batches[0]), rng)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (shapes[0], shapes[2]))
-    (model_state, sums), _ = jax.lax.scan(body, (state.model_state, zeros), micro_batches)
-    grads, metrics = jax.tree.map(lambda x: x / accumulation_steps, sums)
-    return grads, model_state, metrics
+    zeros = jax.tree.map(jnp.zeros_like, (state.params, state.model_state))
+    sums, metrics = jax.lax.scan(body, zeros, (jax.tree.map(split, batch), jnp.arange(accumulation_steps)))
+    grads, model_state = jax.tree.map(lambda x: x / accumulation_steps, sums)
+    return grads, model_state, jax.tree.map(lambda x: x.mean(0), metrics)
 
 
-def make_eval_step(task: Task) -> Callable[[Any, dict], dict]:
-    """`((params, model_state), batch) -> sums`, see `Task.metrics`; to be jitted."""
-    return lambda weights, batch: task.metrics(task.predict(*weights, batch), batch)
+def _gathered(params, mesh):
+    """Whole weights on every device. Left to itself, the compiler would move activations to the shards, batches at a time."""
+    return params if mesh is None else jax.lax.with_sharding_constraint(params, jax.NamedSharding(mesh, jax.P()))
+
+
+def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callable[[Any, dict], dict]:
+    """`((params, model_state), batch) -> sums`, see `Task.metrics`; to be jitted. `mesh` as in `make_train_step`."""
+
+    def eval_step(weights, batch):
+        params, model_state = weights
+        return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
+
+    return eval_step
 
 
 def evaluate(eval_step: Callable, weights: dict[str, Any], batches: Iterable[dict]) -> dict[str, dict[str, float | int]]:
@@ -90,6 +103,5 @@ def evaluate(eval_step: Callable, weights: dict[str, Any], batches: Iterable[dic
 
 
 def means(sums: dict[str, float | int]) -> dict[str, float]:
-    """Sums over examples divided by their "count"."""
-    count = max(sums.get("count", 0), 1)
-    return {key: value / count for key, value in sums.items() if key != "count"}
+    """Sums over examples divided by their "count", which must not be 0."""
+    return {key: value / sums["count"] for key, value in sums.items() if key != "count"}

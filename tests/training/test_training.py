@@ -89,11 +89,12 @@ def test_accumulation_is_the_whole_batch():
         train_step = jax.jit(step.make_train_step(task, tx, seed=0, ema_decay=0, accumulation_steps=steps))
         results.append(train_step(state.create(task, tx, seed=0, ema=False), batch()))
     (whole, whole_metrics), (parts, parts_metrics) = results
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), parts.params, whole.params)
+    for ours, theirs in ((parts.params, whole.params), (parts.model_state, whole.model_state)):
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), parts_metrics, whole_metrics)
 
 
-def smoke_run(devices, fsdp, accumulation_steps=1, steps=3):
+def smoke_run(devices, fsdp, steps=3):
     """Losses of a tiny HaloNet over a mesh; statistics over groups of 4."""
     config = config_lib.smoke(config_lib.imagenet())
     config.model.stage_sizes, config.model.bn_group_size = (1, 1, 1, 1), 4
@@ -103,7 +104,7 @@ def smoke_run(devices, fsdp, accumulation_steps=1, steps=3):
     create = functools.partial(state.create, task, tx, 0, ema=True)
     shardings = sharding.state_sharding(mesh, jax.eval_shape(create))
     s = jax.jit(create, out_shardings=shardings)()
-    train_step = step.make_train_step(task, tx, seed=0, ema_decay=0.9, accumulation_steps=accumulation_steps)
+    train_step = step.make_train_step(task, tx, seed=0, ema_decay=0.9, mesh=mesh)
     train_step = jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0)
     rng = np.random.default_rng(0)
     batches = [
@@ -111,19 +112,23 @@ def smoke_run(devices, fsdp, accumulation_steps=1, steps=3):
         for _ in range(steps)
     ]
     losses = []
+    program = None
     for b in sharding.to_device(batches, mesh):
-        s, metrics = train_step(s, b)
+        program = program or train_step.lower(s, b).compile()
+        s, metrics = program(s, b)
         losses.append(float(metrics["loss"]))
-    return losses, s
+    return losses, s, program.as_text()
 
 
 def test_meshes_agree():
     """Data-parallel and fsdp over four devices give the losses of one; fsdp shares parameters, optimizer state and EMA out."""
-    expected, _ = smoke_run(devices=1, fsdp=1)
+    expected, *_ = smoke_run(devices=1, fsdp=1)
     assert len(set(expected)) == 3
     for fsdp in (1, 2):
-        losses, s = smoke_run(devices=4, fsdp=fsdp)
+        losses, s, program = smoke_run(devices=4, fsdp=fsdp)
         np.testing.assert_allclose(losses, expected, rtol=1e-3)
+        # Weights are gathered; activations stay where their examples are.
+        assert "all-to-all" not in program and ("all-gather" in program) == (fsdp > 1)
     for tree in (s.params, s.ema_params):
         big = [x for x in jax.tree.leaves(tree) if x.size >= sharding.MIN_SHARDED_SIZE]
         assert big and all(x.addressable_shards[0].data.size == x.size // 2 for x in big)
@@ -145,6 +150,9 @@ def test_reports_after_the_checkpoint_are_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     reporting.Reporter(tmp_path, start_step=1, last_step=9, batch_size=4).close()
     assert reporting.read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+    reporting.Reporter(tmp_path, start_step=0, last_step=9, batch_size=4).close()
+    assert reporting.read_metrics(tmp_path) == []
+    assert (tmp_path / "metrics.jsonl.bak").read_text() == '{"step": 1, "train/loss": 2.0}\n'
 
 
 def test_step_metrics_name_the_first_bad_step():
