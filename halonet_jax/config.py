@@ -126,8 +126,8 @@ def digits() -> ml_collections.ConfigDict:
     c.data.eval_split = "test"
     c.data.image_size = 32
     c.data.eval_crop = 1.0
-    c.data.crop_scale = (0.6, 1.0)
-    c.data.crop_ratio = (0.8, 1.25)
+    c.data.crop_scale = (0.8, 1.0)
+    c.data.crop_ratio = (0.85, 1.18)
     c.data.flip = False
     c.data.randaugment_layers = 0
     c.data.mean = (0.5, 0.5, 0.5)
