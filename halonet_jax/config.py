@@ -76,7 +76,7 @@ def imagenet() -> ml_collections.ConfigDict:
     d.train_split = "train"
     d.eval_split = "validation"
     d.image_size = 256  # pixels, square
-    d.eval_crop = 0.875  # side of the central crop over the shorter side; not stated, nor are the next five
+    d.eval_crop = 0.875  # side of the central crop over the shorter side; not stated, nor are the next three
     d.crop_scale = (0.08, 1.0)  # random resized crop: share of the area
     d.crop_ratio = (3 / 4, 4 / 3)  # random resized crop: width over height
     d.flip = True  # horizontal, with probability 1/2
@@ -85,7 +85,7 @@ def imagenet() -> ml_collections.ConfigDict:
     d.randaugment_ops = ()  # names from data.randaugment.OPS; (): all
     d.mixup_alpha = 0.0  # Beta(alpha, alpha); 0: off
     d.cutmix_alpha = 0.0
-    d.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]
+    d.mean = (0.485, 0.456, 0.406)  # of RGB in [0, 1]; not stated, nor is the next
     d.std = (0.229, 0.224, 0.225)
     d.on_corrupt = "skip"  # an image that does not decode: "skip" (named and counted) or "stop"
     d.num_threads = 16  # reading and decoding, per host
