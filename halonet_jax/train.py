@@ -7,13 +7,11 @@ resumes). The workdir holds `config.json`, `run.json` (versions, devices), `metr
 `learning_curve.png` and `checkpoints/`.
 """
 
-import functools
 import json
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +25,7 @@ from ml_collections import config_flags
 from halonet_jax import __version__, command_line, data, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.analysis import plots
-from halonet_jax.training import checkpoint, optimizer, reporting, sharding, state, step, stopping
+from halonet_jax.training import checkpoint, programs, reporting, sharding, state, step, stopping
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; made where missing, resumed where not.")
@@ -38,14 +36,11 @@ class Run(NamedTuple):
 
     config: ml_collections.ConfigDict
     workdir: epath.Path
-    mesh: jax.sharding.Mesh
+    program: programs.Programs
     train_source: data.Source
     eval_source: data.Source
     steps_per_epoch: float
     last_step: int
-    schedule: Callable[[int], jax.Array]
-    train_step: Callable
-    eval_step: Callable
     checkpointer: checkpoint.Checkpointer
     reporter: reporting.Reporter
     stop: stopping.StopRequest
@@ -99,31 +94,14 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, reporting.Ste
     # State: shapes first, so that it is born, or restored, where it shall lie.
     mesh = sharding.make_mesh(config.mesh.fsdp)
     task = tasks.make_task(config, train_source.num_classes)
-    schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
-    tx = optimizer.make_optimizer(config, schedule)
-    create_state = functools.partial(state.create, task, tx, config.seed, ema=config.ema_decay > 0)
-    abstract_state = jax.eval_shape(create_state)
-    state_sharding = sharding.state_sharding(mesh, abstract_state)
+    program = programs.make_programs(config, task, mesh, total_steps, steps_per_epoch)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoints_to_keep)
     if checkpointer.latest_step() is None:
-        train_state, position = jax.jit(create_state, out_shardings=state_sharding)(), {}
+        train_state, position = program.create_state(), {}
     else:
-        placed = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
-        train_state, position = checkpointer.restore(jax.tree.map(placed, abstract_state, state_sharding))
+        train_state, position = checkpointer.restore(program.abstract_state)
         check_same_data(position, describe_data(config, train_source))
     start_step = int(train_state.step)
-
-    # Programs.
-    everywhere = jax.NamedSharding(mesh, jax.P())
-    train_step = step.make_train_step(
-        task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps,
-        mesh=mesh,
-    )  # fmt: skip
-    train_step = jax.jit(
-        train_step, in_shardings=(state_sharding, jax.NamedSharding(mesh, sharding.BATCH)),
-        out_shardings=(state_sharding, everywhere), donate_argnums=0,
-    )  # fmt: skip
-    eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=everywhere)
 
     if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
         record_run(config, workdir)
@@ -138,8 +116,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, reporting.Ste
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer
     )
     run = Run(
-        config, workdir, mesh, train_source, eval_source, steps_per_epoch, last_step, schedule, train_step, eval_step,
-        checkpointer, reporter, stop,
+        config, workdir, program, train_source, eval_source, steps_per_epoch, last_step, checkpointer, reporter, stop,
     )  # fmt: skip
     return run, train_state, reporting.StepMetrics(position.get("step_metrics", []))
 
@@ -155,15 +132,15 @@ def run_steps(run: Run, train_state, step_metrics) -> tuple[state.TrainState, di
     with data.train_batches(
         run.train_source, config.data, batch_size=config.batch_size, seed=config.seed, start_step=start_step, **_share()
     ) as batches:
-        for at_step, batch in zip(range(start_step + 1, last_step + 1), sharding.to_device(batches, run.mesh)):
-            train_state, metrics = run.train_step(train_state, batch)
+        for at_step, batch in zip(range(start_step + 1, last_step + 1), sharding.to_device(batches, run.program.mesh)):
+            train_state, metrics = run.program.train_step(train_state, batch)
             step_metrics.append(at_step, metrics)
             if at_step == start_step + 1:
-                jax.block_until_ready((metrics, run.schedule(at_step)))
+                jax.block_until_ready((metrics, run.program.schedule(at_step)))
                 run.reporter.start_clock(at_step)  # compiling is over
             if at_step % config.log_every_steps == 0 or at_step == last_step:
                 values = step_metrics.pop_means()
-                values |= {"learning_rate": float(run.schedule(at_step - 1)), "epoch": at_step / run.steps_per_epoch}
+                values |= {"learning_rate": float(run.program.schedule(at_step - 1)), "epoch": at_step / run.steps_per_epoch}
                 run.reporter.train(at_step, values | {"data/corrupt": batches.num_corrupt})
             # None shortly before the last step, which is evaluated anyway.
             due = at_step % eval_every == 0 and last_step - at_step >= eval_every / 2
@@ -184,7 +161,7 @@ def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
     config = run.config
     batch_size = config.eval_batch_size or config.batch_size
     with data.eval_batches(run.eval_source, config.data, batch_size=batch_size, **_share()) as batches:
-        sums = step.evaluate(run.eval_step, train_state.weights(), sharding.to_device(batches, run.mesh))
+        sums = step.evaluate(run.program.eval_step, train_state.weights(), sharding.to_device(batches, run.program.mesh))
         corrupt = batches.num_corrupt
     if not sums["eval"]["count"]:
         raise data.DataError(
