@@ -1,8 +1,10 @@
 """HaloNet (arXiv 2103.12731) in JAX and Flax."""
 
 import os
+import time
 
 __version__ = "0.1.0"
+STARTED = time.monotonic()  # about when the process did
 
 # TensorFlow comes in late, for TFDS and TensorBoard alone; it would print a page of notices about oneDNN and AVX.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -1,16 +1,25 @@
 """What the entries share: a user's mistake ends in one line that says what to do, not in a traceback."""
 
 import logging as python_logging
+import os
 import sys
 import traceback
 from collections.abc import Callable
 
+import jax
 from absl import app, flags, logging
 
 from halonet_jax.config import ConfigError
 from halonet_jax.data import DataError
-from halonet_jax.training import stopping
+from halonet_jax.training import distributed, stopping
 from halonet_jax.training.checkpoint import CheckpointError
+
+_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; on TPU slices and under Slurm, found.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: this one alone.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+_PEER_TIMEOUT = flags.DEFINE_integer(
+    "peer_timeout", distributed.PEER_TIMEOUT, "Seconds without a sign of life after which a process counts as lost.", 1
+)
 
 
 class UsageError(ValueError):
@@ -24,16 +33,53 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
             logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
+        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value)
         return main()
 
+    code = 0
     try:
         app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags))
+    except SystemExit as done:  # absl's way to return
+        code = done.code or 0
     except (UsageError, ConfigError, DataError, CheckpointError) as error:
-        sys.exit(_fail(error, stopping.EXIT_BAD_INPUT))
+        code = _fail(error, stopping.EXIT_BAD_INPUT)
+    except distributed.DistributedError as error:
+        code = _fail(error, stopping.EXIT_LOST_PEER if error.peer_failed else stopping.EXIT_BAD_INPUT)
     except stopping.NonFiniteLoss as error:
-        sys.exit(_fail(error, stopping.EXIT_NON_FINITE))
+        code = _fail(error, stopping.EXIT_NON_FINITE)
+    except stopping.StorageError as error:
+        code = _fail(error, stopping.EXIT_STORAGE)
     except KeyboardInterrupt:
-        sys.exit(_fail("interrupted; nothing was saved since the last checkpoint", stopping.EXIT_INTERRUPTED))
+        code = _fail("interrupted; nothing was saved since the last checkpoint", stopping.EXIT_INTERRUPTED)
+    except jax.errors.JaxRuntimeError as error:
+        code = _runtime_failure(error)
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code in (0, stopping.EXIT_PREEMPTED) and jax.distributed.is_initialized():
+        jax.distributed.shutdown()  # waits for the others, which end with the same code
+    if code:
+        # At once: others may wait for this process in vain, and a program may still be compiling in a thread.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _runtime_failure(error):
+    reason = str(error).splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in reason:
+        remedy = (
+            "use more devices or a smaller batch_size, model.remat=True, mesh.fsdp above 1, or optimizer.accumulation_steps"
+        )
+        return _fail(f"out of device memory: {reason}; {remedy}", stopping.EXIT_BAD_INPUT)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        return _fail(
+            f"process {jax.process_index()} lost another one, or the network: {reason}. The last checkpoint stands, the same "
+            "command resumes",
+            stopping.EXIT_LOST_PEER,
+        )
+    traceback.print_exception(error)
+    return 1
 
 
 def _parse(argv, required_flags):

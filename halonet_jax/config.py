@@ -110,6 +110,12 @@ def imagenet() -> ml_collections.ConfigDict:
     c.mesh = ml_collections.ConfigDict()
     c.mesh.fsdp = 1  # devices that share one copy of parameters, optimizer state and EMA
 
+    c.on_non_finite = (
+        "stop"  # a loss or gradient that is NaN: "stop", or "skip": back to the last checkpoint, past the bad batches
+    )
+    c.hang_timeout = 1800.0  # seconds without a step after which the process ends itself; 0: never
+    c.profile_steps = ()  # (first, last): writes a profile of these steps to WORKDIR/profile
+
     c.log_every_steps = 100
     c.eval_every_epochs = 5.0  # 0: at the end only
     c.checkpoint_every_steps = 1000
@@ -240,6 +246,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     _one_of(config, "data.source", SOURCES)
     _one_of(config, "data.on_corrupt", ("skip", "stop"))
     _one_of(config, "optimizer.name", OPTIMIZERS)
+    _one_of(config, "on_non_finite", ("stop", "skip"))
     try:
         architecture = {k: v for k, v in model_options(config).items() if k in variants.DEFAULTS}
         variants.resolve(config.model.name, **architecture)
@@ -261,13 +268,16 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
         ("schedule.learning_rate", 0, None), ("schedule.learning_rate_batch_size", 0, None),
         ("schedule.warmup_epochs", 0, config.num_epochs or None), ("schedule.end_factor", 0, 1), ("mesh.fsdp", 1, None),
         ("log_every_steps", 1, None), ("eval_every_epochs", 0, None), ("checkpoint_every_steps", 1, None),
-        ("checkpoints_to_keep", 1, None),
+        ("checkpoints_to_keep", 1, None), ("hang_timeout", 0, None),
     ):  # fmt: skip
         _in_range(config, key, least, most)
     for key in ("data.crop_scale", "data.crop_ratio"):
         value = _get(config, key)
         if len(value) != 2 or not 0 < value[0] <= value[1]:
             raise ConfigError(f"{key}={value!r} must be two numbers above 0, the smaller one first")
+    window = config.profile_steps
+    if window and (len(window) != 2 or not all(isinstance(n, int) for n in window) or not 1 <= window[0] <= window[1]):
+        raise ConfigError(f"profile_steps={window!r} must be the first and the last step to profile, such as '(100,110)'")
     if config.data.source == "folder" and not config.data.dir:
         raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
     if any(len(v) != 3 for v in (config.data.mean, config.data.std)) or min(config.data.std) <= 0:

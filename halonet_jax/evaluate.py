@@ -8,11 +8,11 @@ import re
 
 import jax
 from absl import flags
-from etils import epath
 
 from halonet_jax import command_line, data, tasks
 from halonet_jax import config as config_lib
-from halonet_jax.training import checkpoint, sharding, step
+from halonet_jax import workdir as workdir_lib
+from halonet_jax.training import checkpoint, distributed, sharding, step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, as given to halonet_jax.train.")
 _SPLIT = flags.DEFINE_string("split", None, "Split to evaluate; default: the config's data.eval_split.")
@@ -53,7 +53,7 @@ def evaluate(
     Raises:
         ConfigError, DataError, CheckpointError: for bad input.
     """
-    workdir = epath.Path(workdir).resolve() if "://" not in workdir else epath.Path(workdir)
+    workdir = workdir_lib.locate(workdir)
     if not (workdir / "config.json").exists():
         raise config_lib.ConfigError(f"workdir {workdir} holds no config.json; give the --workdir of a training run")
     config = config_lib.from_json((workdir / "config.json").read_text())
@@ -66,7 +66,9 @@ def evaluate(
     config.model.bn_group_size, config.optimizer.accumulation_steps = 0, 1  # of training alone
     config_lib.validate(config, devices)
 
-    source = data.open_source(config.data, split)
+    workdir_lib.use_compile_cache(workdir)
+    with distributed.together("opening the data"):
+        source = data.open_source(config.data, split)
     mesh = sharding.make_mesh()
     task = tasks.make_task(config, source.num_classes)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
@@ -79,8 +81,8 @@ def evaluate(
     eval_step = jax.jit(step.make_eval_step(task), out_shardings=jax.NamedSharding(mesh, jax.P()))
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     with data.eval_batches(source, config.data, batch_size=config.eval_batch_size, **share) as batches:
-        sums = step.evaluate(eval_step, {"eval": weights}, sharding.to_device(batches, mesh))["eval"]
-        corrupt = batches.num_corrupt
+        sums = step.evaluate(eval_step, {"eval": weights}, sharding.DeviceBatches(batches, mesh))["eval"]
+        corrupt = int(distributed.gather(batches.num_corrupt).sum())
     if not sums["count"]:
         raise data.DataError(f"no image of split {split!r} could be read, {corrupt} are corrupt; see the warnings above")
     path = workdir / f"eval_{re.sub('[^a-zA-Z0-9_-]+', '_', split)}_{at_step}{'_ema' if ema else ''}.json"

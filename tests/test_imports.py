@@ -14,13 +14,14 @@ RULES = {
     "ops": (set(), {"jax", "numpy"}),
     "models": ({"ops", "models"}, {"jax", "flax", "numpy"}),
     "data": ({"data"}, ANY_LIBRARY),
-    "training": ({"training"}, ANY_LIBRARY),
+    "training": ({"training", "STARTED"}, ANY_LIBRARY),
     "config": ({"models"}, ANY_LIBRARY),
     "analysis": ({"ops", "models", "training", "analysis"}, ANY_LIBRARY),
     "tasks": ({"ops", "models", "data", "training", "config", "tasks"}, ANY_LIBRARY),
     "command_line": ({"config", "data", "training"}, ANY_LIBRARY),
-    "train": ({"config", "data", "training", "tasks", "analysis", "command_line"}, ANY_LIBRARY),
-    "evaluate": ({"config", "data", "training", "tasks", "analysis", "command_line"}, ANY_LIBRARY),
+    "workdir": ({"config", "training"}, ANY_LIBRARY),
+    "train": ({"config", "data", "training", "tasks", "analysis", "command_line", "workdir"}, ANY_LIBRARY),
+    "evaluate": ({"config", "data", "training", "tasks", "analysis", "command_line", "workdir"}, ANY_LIBRARY),
     "__init__": (set(), set()),
 }
 

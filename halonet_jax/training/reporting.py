@@ -1,5 +1,7 @@
 """Reports of a run: `metrics.jsonl`, TensorBoard beside it, and a progress line on the terminal."""
 
+import concurrent.futures
+import contextlib
 import json
 import math
 import os
@@ -9,7 +11,8 @@ import jax
 from absl import logging
 from etils import epath
 
-from halonet_jax.training.stopping import NonFiniteLoss
+from halonet_jax import STARTED
+from halonet_jax.training.stopping import NonFiniteLoss, StorageError
 
 
 class StepMetrics:
@@ -40,7 +43,7 @@ class StepMetrics:
         for step, metrics in jax.device_get(self._device):
             metrics = {key: float(value) for key, value in metrics.items()}
             if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
-                raise NonFiniteLoss(f"step {step}: loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
+                raise NonFiniteLoss(step, f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
             self._host.append(metrics)
         self._device.clear()
         return self._host
@@ -49,6 +52,28 @@ class StepMetrics:
         """Means over the steps since the last call, as "train/…"."""
         collected, self._host = self.collected(), []
         return {f"train/{key}": math.fsum(m[key] for m in collected) / len(collected) for key in collected[0]}
+
+
+class StartUpClock:
+    """What the time from the start of the process to the first step goes into."""
+
+    def __init__(self):
+        self._laps, self._since = {}, STARTED
+        self.lap("imports and devices")
+
+    def lap(self, name: str) -> None:
+        """Ends a part."""
+        now = time.monotonic()
+        self._laps[name], self._since = now - self._since, now
+
+    def finish(self, name: str) -> None:
+        """Ends the last part and prints all; once only."""
+        if self._laps:
+            self.lap(name)
+            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._laps.items())
+            if jax.process_index() == 0:
+                print(f"first step done after {self._since - STARTED:.1f} s: {parts}", flush=True)
+        self._laps = {}
 
 
 class Reporter:
@@ -64,16 +89,24 @@ class Reporter:
         self._last_step, self._batch_size = last_step, batch_size
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._tensorboard = None
+        self.rewind(start_step)
         if enabled:
-            reports = read_metrics(workdir)
-            self._lines = [json.dumps(report) + "\n" for report in reports if report["step"] <= start_step]
+            # In a thread: importing TensorFlow takes seconds, in which the train step can compile.
+            self._tensorboard = concurrent.futures.ThreadPoolExecutor(1).submit(_tensorboard_writer, workdir)
+        self.start_clock(start_step)
+
+    def rewind(self, step: int) -> None:
+        """Drops the reports of steps after `step`: they are run again."""
+        if not self._enabled:
+            return
+        with self._writing():
+            reports = read_metrics(self._path.parent)
+            self._lines = [json.dumps(report) + "\n" for report in reports if report["step"] <= step]
             if reports and not self._lines:
                 self._path.replace(self._path.with_suffix(".jsonl.bak"))
             temporary = self._path.with_suffix(".jsonl.tmp")
             temporary.write_text("".join(self._lines))
             temporary.replace(self._path)
-            self._tensorboard = _tensorboard_writer(workdir)
-        self.start_clock(start_step)
 
     def start_clock(self, step: int) -> None:
         """Leaves out what came before `step` (compiling) from rates and ETA."""
@@ -83,22 +116,41 @@ class Reporter:
         """Leaves out what came before (evaluation, saving) from the next rate; the ETA keeps it in."""
         self._clock = (step, time.monotonic())
 
-    def train(self, step: int, values: dict[str, float]) -> None:
-        """Reports training metrics with the rate since the last report, and prints the progress line."""
+    def train(self, step: int, values: dict[str, float], seconds_waited: float) -> None:
+        """Reports training metrics with the rate since the last report, and prints the progress line.
+
+        Args:
+            seconds_waited: for input since the last report or restart of the clock.
+        """
         since_step, since = self._clock
-        seconds_per_step = (time.monotonic() - since) / max(step - since_step, 1)
+        seconds = time.monotonic() - since
         if step > since_step:
-            values = {**values, "images_per_second": self._batch_size / seconds_per_step}
+            rates = {
+                "images_per_second": self._batch_size * (step - since_step) / seconds,
+                "input_wait": min(seconds_waited / seconds, 1.0),
+            }
+            values = {**values, **rates}
         self.write(step, values)
         if self._enabled:
             parts = [f"step {step}/{self._last_step} ({100 * step // self._last_step}%)", f"loss {values['train/loss']:.4f}"]
             if step > since_step:
                 parts.append(f"{values['images_per_second']:,.0f} img/s")
-                begin_step, begin = self._begin
-                left = (self._last_step - step) * (time.monotonic() - begin) / (step - begin_step)
-                parts.append(f"ETA {format_seconds(left)}")
+                parts.append(f"input wait {values['input_wait']:.0%}")
+                parts.append(f"ETA {format_seconds(self._seconds_left(step))}")
             print("  ".join(parts), flush=True)
         self.restart_clock(step)
+
+    def estimate(self, step: int) -> None:
+        """Prints when the run will end, by the steps since the clock was started."""
+        if self._enabled and step > self._begin[0]:
+            left = self._seconds_left(step)
+            end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left))
+            rate = self._batch_size * (self._last_step - step) / left if left else 0
+            print(f"about {rate:,.0f} img/s: {format_seconds(left)} to go, done about {end}, evaluations apart", flush=True)
+
+    def _seconds_left(self, step):
+        begin_step, begin = self._begin
+        return (self._last_step - step) * (time.monotonic() - begin) / (step - begin_step)
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
         """Reports an evaluation and prints its accuracies."""
@@ -115,20 +167,38 @@ class Reporter:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         self._lines.append(json.dumps({"step": step, **finite}) + "\n")
-        if "://" in str(self._path):  # object stores cannot append
-            self._path.write_text("".join(self._lines))
-        else:
-            with self._path.open("a") as file:
-                file.write(self._lines[-1])
-                file.flush()
-                os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
-        if self._tensorboard:
-            self._tensorboard.write_scalars(step, values)
+        with self._writing():
+            if "://" in str(self._path):  # object stores cannot append
+                self._path.write_text("".join(self._lines))
+            else:
+                with self._path.open("a") as file:
+                    file.write(self._lines[-1])
+                    file.flush()
+                    os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
+        self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
 
     def close(self) -> None:
         """Flushes TensorBoard."""
+        self._to_tensorboard(lambda writer: writer.close())
+
+    def _to_tensorboard(self, call):
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                writer = self._tensorboard.result()
+                if writer:
+                    call(writer)
+            except Exception as error:  # of many types, some from the writer's thread; training can do without
+                self._tensorboard = None
+                logging.warning("No more TensorBoard files, only metrics.jsonl: %s", str(error).splitlines()[0])
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be written ({error}); the last checkpoint stands: make room, then the same command resumes"
+            ) from None
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict]:

@@ -4,8 +4,8 @@ Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Bat
 """
 
 import collections
-import itertools
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,11 +19,13 @@ MIN_SHARDED_SIZE = 2**14
 
 
 def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
-    """A `[data, fsdp]` mesh over all devices; `fsdp` must divide their number."""
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices) // fsdp, fsdp), ("data", "fsdp"), devices=devices, axis_types=(jax.sharding.AxisType.Auto,) * 2
-    )
+    """A `[data, fsdp]` mesh over all devices; `fsdp` must divide their number.
+
+    Devices are in the order of their processes, so that process p of P holds the p-th part of every batch, and one copy of the
+    state lies within a host where it can. Collectives over all devices do not depend on the order.
+    """
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
@@ -47,12 +49,40 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
     return jax.tree.map(rule, state)
 
 
-def to_device(batches: Iterable[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2) -> Iterator[dict[str, jax.Array]]:
-    """Turns each host's share of a batch into global arrays cut over the mesh, `ahead` batches before they are asked for."""
-    sharding = NamedSharding(mesh, BATCH)
-    put = lambda batch: {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-    batches = iter(batches)
-    queue = collections.deque(map(put, itertools.islice(batches, ahead)))
-    while queue:
-        yield queue.popleft()
-        queue.extend(map(put, itertools.islice(batches, 1)))
+class DeviceBatches:
+    """Iterates over each host's share of a batch as global arrays cut over the mesh, placed `ahead` batches early.
+
+    Args:
+        batches: dicts of arrays `[local batch, ...]`; `num_corrupt` is read from it.
+
+    Attributes:
+        seconds_waited: for the loader, since the last `pop_seconds_waited`.
+        num_corrupt: of the batches handed out so far.
+    """
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2):
+        self.seconds_waited = 0.0
+        self.num_corrupt = 0
+        self._batches, self._sharding, self._ahead = batches, NamedSharding(mesh, BATCH), ahead
+        self._queue = collections.deque()
+
+    def __iter__(self) -> Iterator[dict[str, jax.Array]]:
+        while self._fill():
+            batch, self.num_corrupt = self._queue.popleft()
+            yield batch
+
+    def pop_seconds_waited(self) -> float:
+        """Seconds that the host waited for the loader since the last call."""
+        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        return seconds
+
+    def _fill(self):
+        while len(self._queue) < self._ahead:
+            begin = time.monotonic()
+            batch = next(self._batches, None)
+            self.seconds_waited += time.monotonic() - begin
+            if batch is None:
+                break
+            put = {k: jax.make_array_from_process_local_data(self._sharding, v) for k, v in batch.items()}
+            self._queue.append((put, getattr(self._batches, "num_corrupt", 0)))
+        return self._queue

@@ -47,3 +47,15 @@ def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: 
         step=jnp.zeros((), jnp.int32), params=params, model_state=model_state, opt_state=optimizer.init(params),
         ema_params=copy(params), ema_model_state=copy(model_state),
     )  # fmt: skip
+
+
+@jax.jit
+def fingerprint(state: Any) -> tuple[jax.Array, jax.Array]:
+    """Whether all arrays are finite, and a checksum of each leaf, uint32 `[leaves]`, in the order of `jax.tree.leaves`.
+
+    The sums are of integers, so that they do not depend on how arrays are cut over devices.
+    """
+    leaves = jax.tree.leaves(state)
+    words = lambda x: jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
+    finite = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
+    return finite, jnp.stack([words(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for x in leaves])

@@ -113,7 +113,7 @@ def smoke_run(devices, fsdp, steps=3):
     ]
     losses = []
     program = None
-    for b in sharding.to_device(batches, mesh):
+    for b in sharding.DeviceBatches(iter(batches), mesh):
         program = program or train_step.lower(s, b).compile()
         s, metrics = program(s, b)
         losses.append(float(metrics["loss"]))
