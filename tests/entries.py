@@ -1,10 +1,12 @@
 """What the tests of the entries share: they run them as a user does, in processes of their own."""
 
 import atexit
+import concurrent.futures
 import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -54,6 +56,48 @@ def run(arguments, code=0, devices=1):
 
 def train(workdir, code=0, devices=1, **config):
     return run(train_command(workdir, **config), code, devices)
+
+
+def start(arguments, devices=1):
+    """Starts a command; its output goes to pipes."""
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=pipe, stderr=pipe, text=True)
+
+
+def join_flags(processes, peer_timeout=20):
+    """For each process of a run over loopback, the flags by which it joins the others."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    shared = [f"--coordinator_address={address}", f"--num_processes={processes}", f"--peer_timeout={peer_timeout}"]
+    return [[*shared, f"--process_id={index}"] for index in range(processes)]
+
+
+def start_processes(workdir, processes=2, devices=2, **config):
+    """Starts tiny training on several processes of `devices` each."""
+    return [start([*train_command(workdir, **config), *flags], devices) for flags in join_flags(processes)]
+
+
+def wait_for(processes, timeout=300):
+    """Reads what started processes print until all have ended; after `timeout` seconds, or where the test fails, kills them."""
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(processes)) as pool:  # at once, so that none waits for a full pipe
+            outputs = list(pool.map(lambda process: process.communicate(timeout=timeout), processes))
+    finally:
+        for process in processes:
+            process.kill()
+    return [subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(processes, outputs)]
+
+
+def train_processes(workdir, processes=2, devices=2, code=0, **config):
+    """Runs tiny training on several processes to their end and checks their exit codes."""
+    done = wait_for(start_processes(workdir, processes, devices, **config))
+    for index, process in enumerate(done):
+        assert process.returncode == code, (
+            f"process {index}: exit code {process.returncode}\n{process.stdout}\n{process.stderr}"
+        )
+        assert "Traceback" not in process.stderr
+    return done
 
 
 def evaluate(workdir, *arguments, devices=1):

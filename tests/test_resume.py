@@ -4,14 +4,13 @@ import itertools
 import random
 import shutil
 import signal
-import subprocess
 import time
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from entries import ROOT, checkpoints, environment, evaluate, metrics, train, train_command
+from entries import checkpoints, evaluate, metrics, start, train, train_command
 
 # Reports, evaluations and checkpoints at steps that are no multiples of one another.
 STEPS = 30
@@ -43,17 +42,6 @@ def assert_same_run(workdir, other):
     assert len(a) == len(b) > 100 and {path[0].key for path, _ in a} >= {"params", "model_state", "opt_state", "ema_params"}
     for (path, x), (_, y) in zip(a, b):
         assert x.dtype == y.dtype and np.array_equal(x, y), jax.tree_util.keystr(path)
-
-
-def start(workdir, **config):
-    return subprocess.Popen(
-        train_command(workdir, **(RUN | config)),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def until_line(text):
@@ -100,7 +88,7 @@ def test_interrupted_runs_end_as_the_uninterrupted_one(uninterrupted, tmp_path):
     ]
     came_in_time, reached = 0, {0}
     for number, wait in interruptions:
-        with start(tmp_path) as process:
+        with start(train_command(tmp_path, **RUN)) as process:
             wait(process, tmp_path)
             process.send_signal(number)
             output, errors = process.communicate()
