@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -123,12 +124,14 @@ DRY = {
 @pytest.mark.parametrize("arguments", DRY, ids=" ".join)
 def test_dry_run_prints_the_commands_and_runs_none(fake, arguments):
     command, *options = arguments
+    if command in ("install", "resume") and not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout, whose commits install copies")
     printed = bash("pod.sh", command, *SLICE, "--dry-run", *options, fake=fake).stdout
     for part in DRY[arguments]:
         assert part in printed
     assert not calls(fake)
-    for line in printed.replace("\n#", "\n:").splitlines()[:1]:  # what is printed can be pasted
-        assert shlex.split(line)[0] in ("gcloud", "git", "#")
+    pasted = [words for line in re.split(r"\n(?=gcloud|git|#)", printed) if (words := shlex.split(line, comments=True))]
+    assert {words[0] for words in pasted} <= {"gcloud", "git"}  # what is printed can be pasted
 
 
 def test_dry_run_needs_no_gcloud(tmp_path):
@@ -248,7 +251,7 @@ def test_resume_through_a_preemption_to_a_code_that_ends_it(fake):
     assert "WAITING_FOR_RESOURCES" in said and "SUSPENDED" in said and "exit code 70" in said
 
 
-@pytest.mark.parametrize("state", ["exited 75", "exited 69", "exited 137", "exited 139", "lost"])
+@pytest.mark.parametrize("state", ["exited 75", "exited 139", "lost"])
 def test_resume_starts_again_and_ends_with_success(fake, state):
     statuses = [
         hosts("running", "running"),
@@ -260,7 +263,7 @@ def test_resume_starts_again_and_ends_with_success(fake, state):
     assert acts == ["start"] and "starting again" in said and said.endswith("done\n")
 
 
-@pytest.mark.parametrize("code", [1, 2, 70, 74, 130])
+@pytest.mark.parametrize("code", [1, 2, 74])
 def test_resume_ends_where_the_same_command_would_fail_again(fake, code):
     acts, said = resume(fake, ["ACTIVE"], ["READY"], [hosts(f"exited {code}", "exited 69")], code)
     assert acts == [] and f"exit code {code}" in said
@@ -328,7 +331,8 @@ def module(tmp_path, monkeypatch):
         "import os, signal, sys, time\n"
         "*words, address, count, index = sys.argv[1:]\n"
         "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
-        "print(words, count, index, os.environ.get('CUDA_VISIBLE_DEVICES', os.environ['XLA_FLAGS']), flush=True)\n"
+        "place = os.environ.get('CUDA_VISIBLE_DEVICES', os.environ['XLA_FLAGS'])\n"
+        "os.write(1, f'{words} {count} {index} {place}\\n'.encode())\n"  # at once, so that lines do not mix
         "i = int(index.split('=')[1])\n"
         "if words[0] == 'fail' and i: sys.exit(70)\n"
         "if words[0] != 'quit': time.sleep(50)\n"
