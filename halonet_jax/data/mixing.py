@@ -1,7 +1,7 @@
 """What happens to a batch on the device: normalisation, mixup and CutMix. Pure JAX, static shapes.
 
-Both mixtures pair each example with its neighbour in the batch (a roll by one). A shuffled batch makes that a random
-partner, and where the batch is sharded only one image crosses each shard's border; reversing the batch would move all.
+Both mixtures pair neighbours in the batch. A shuffled batch makes that a random partner, and where the batch is sharded,
+nothing crosses a shard's border.
 """
 
 import jax
@@ -77,7 +77,10 @@ def mix(rng, images, label_probabilities, mixup_alpha: float = 0.0, cutmix_alpha
 
 
 def _partner(x):
-    return jnp.roll(x, 1, axis=0)
+    """Neighbours swap places, so that partners lie on one device; in an odd batch each takes the one before it."""
+    if len(x) % 2:
+        return jnp.roll(x, 1, axis=0)
+    return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
 
 
 def _blend(share, x):

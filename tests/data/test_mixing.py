@@ -8,6 +8,7 @@ import pytest
 from halonet_jax.data import cutmix, mix, mixup, normalize
 
 B, H, W, K = 6, 24, 36, 4
+PARTNERS = [1, 0, 3, 2, 5, 4]
 
 
 @pytest.fixture
@@ -19,7 +20,7 @@ def batch():
 
 def _partner_share(images, out):
     """Share of the partner in each pixel, from image values: [B, H, W, 3]."""
-    own, partner = np.asarray(images), np.roll(images, 1, axis=0)
+    own, partner = np.asarray(images), np.asarray(images)[PARTNERS]
     return (np.asarray(out) - own) / (partner - own)
 
 
@@ -49,7 +50,7 @@ def test_labels_mix_by_the_share_of_pixels(batch, function):
         assert images.shape == batch[0].shape and labels.shape == batch[1].shape
         np.testing.assert_allclose(labels.sum(-1), 1, atol=1e-5)
         share = _partner_share(batch[0], images).mean((1, 2, 3))  # [B]
-        expected = (1 - share)[:, None] * batch[1] + share[:, None] * np.roll(batch[1], 1, axis=0)
+        expected = (1 - share)[:, None] * batch[1] + share[:, None] * np.asarray(batch[1])[PARTNERS]
         np.testing.assert_allclose(labels, expected, atol=1e-5)
         lambdas.append(share[0])
     assert min(lambdas) < 0.2 and max(lambdas) > 0.6  # Beta(1, 1) is uniform
@@ -76,6 +77,13 @@ def test_mix_takes_each_half_the_time(batch):
         share = _partner_share(batch[0], jitted(jax.random.key(seed), *batch, 0.4, 1.0)[0])
         pasted.append(np.ptp(share) > 0.5)
     assert 30 < sum(pasted) < 70
+
+
+def test_odd_batches_are_mixed_too(batch):
+    images, labels = (x[:5] for x in batch)
+    mixed, mixed_labels = mixup(jax.random.key(0), images, labels, 1.0)
+    share = (mixed[1, 0, 0, 0] - 2) / (1 - 2)  # image 1 holds twos, its partner ones
+    np.testing.assert_allclose(mixed_labels[1], (1 - share) * labels[1] + share * labels[0], atol=1e-5)
 
 
 def test_mixing_keeps_bfloat16(batch):

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from halonet_jax import config as config_lib
+from halonet_jax.analysis import hlo
 from halonet_jax.tasks import classification
-from halonet_jax.training import optimizer, reporting, sharding, state, step, stopping
+from halonet_jax.training import optimizer, programs, reporting, sharding, state, step, stopping
 from halonet_jax.training.task import Task
 
 
@@ -95,40 +96,42 @@ def test_accumulation_is_the_whole_batch():
 
 
 def smoke_run(devices, fsdp, steps=3):
-    """Losses of a tiny HaloNet over a mesh; statistics over groups of 4."""
+    """Losses of a tiny HaloNet over a mesh, its last state and its compiled text; statistics over groups of 4."""
     config = config_lib.smoke(config_lib.imagenet())
     config.model.stage_sizes, config.model.bn_group_size = (1, 1, 1, 1), 4
-    config.model.stochastic_depth_rate, config.data.mixup_alpha = 0.2, 0.2
-    task, tx = classification.make_task(config, 10), optax.sgd(0.05)
+    config.model.stochastic_depth_rate, config.data.mixup_alpha, config.ema_decay = 0.2, 0.2, 0.9
+    task = classification.make_task(config, 10)
     mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
-    create = functools.partial(state.create, task, tx, 0, ema=True)
-    shardings = sharding.state_sharding(mesh, jax.eval_shape(create))
-    s = jax.jit(create, out_shardings=shardings)()
-    train_step = step.make_train_step(task, tx, seed=0, ema_decay=0.9, mesh=mesh)
-    train_step = jax.jit(train_step, out_shardings=(shardings, None), donate_argnums=0)
+    program = programs.make_programs(config, task, mesh, total_steps=9, steps_per_epoch=3)
+    s = program.create_state()
     rng = np.random.default_rng(0)
     batches = [
         {"image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8), "label": rng.integers(0, 10, 16).astype(np.int32)}
         for _ in range(steps)
     ]
+    compiled = program.train_step.lower(program.abstract_state, program.abstract_batch(batches[0])).compile()
     losses = []
-    program = None
-    for b in sharding.DeviceBatches(iter(batches), mesh):
-        program = program or train_step.lower(s, b).compile()
-        s, metrics = program(s, b)
+    for batch in sharding.DeviceBatches(iter(batches), mesh):
+        s, metrics = compiled(s, batch)
         losses.append(float(metrics["loss"]))
-    return losses, s, program.as_text()
+    return losses, s, compiled.as_text()
 
 
-def test_meshes_agree():
-    """Data-parallel and fsdp over four devices give the losses of one; fsdp shares parameters, optimizer state and EMA out."""
-    expected, *_ = smoke_run(devices=1, fsdp=1)
-    assert len(set(expected)) == 3
+def test_meshes_agree_and_move_no_more_than_they_must():
+    """Data-parallel and fsdp over four devices give the losses of one. Gradients are summed, shared weights gathered, no more."""
+    expected, s, text = smoke_run(devices=1, fsdp=1)
+    assert len(set(expected)) == 3 and not hlo.collectives(text)
+    parameters = jax.tree.leaves(s.params)
+    shared = sum(x.nbytes for x in parameters if x.size >= sharding.MIN_SHARDED_SIZE)
+    summed = sum(x.nbytes for x in parameters + jax.tree.leaves(s.model_state))
     for fsdp in (1, 2):
-        losses, s, program = smoke_run(devices=4, fsdp=fsdp)
+        losses, s, text = smoke_run(devices=4, fsdp=fsdp)
         np.testing.assert_allclose(losses, expected, rtol=1e-3)
-        # Weights are gathered; activations stay where their examples are.
-        assert "all-to-all" not in program and ("all-gather" in program) == (fsdp > 1)
+        moved = {c.kind: c for c in hlo.collectives(text)}
+        assert set(moved) == {"all-reduce"} | ({"all-gather"} if fsdp > 1 else set())
+        # Once for all gradients and statistics; metrics and norms are a few scalars more. No activation is ever moved.
+        assert moved["all-reduce"].count <= 2 and 0.95 * summed < moved["all-reduce"].bytes < summed + 64
+        assert fsdp == 1 or moved["all-gather"].bytes == shared > 0
     for tree in (s.params, s.ema_params):
         big = [x for x in jax.tree.leaves(tree) if x.size >= sharding.MIN_SHARDED_SIZE]
         assert big and all(x.addressable_shards[0].data.size == x.size // 2 for x in big)
