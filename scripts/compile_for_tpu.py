@@ -1,0 +1,131 @@
+"""Says whether a recipe fits a TPU slice, and about how fast it would run, without a TPU: compiles its real steps for the slice.
+
+    pip install -e ".[compile_check]"
+    python scripts/compile_for_tpu.py --config=configs/h4.py --topology=v5e:8x16 [--config.batch_size=2048 …] [--quick]
+    python scripts/compile_for_tpu.py --table [--table_minutes=60]
+
+The programs are those of `halonet_jax.training.programs`, as training runs them, except that `model.scan` is set to True:
+stages then compile as loops, which takes a fraction of the time. Where the train step does not fit, settings that do are
+looked for. `--quick` leaves out machine code, hence the estimate of time: less than a minute in place of five to ten.
+`--table` compiles the rows of docs/tpu_sizing.md that are missing, most wanted first, and writes the file; it can be stopped
+and goes on where it was.
+
+Exit codes: 0 fits; 1 does not fit; 2 bad input.
+"""
+
+import time
+
+import ml_collections
+import tpu_compile
+import tpu_table
+from absl import flags
+from ml_collections import config_flags
+
+from halonet_jax import command_line
+from halonet_jax.analysis import chips
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, such as v5e:4x4, v4:4x4x4 or v3:8x8 (chips; v3's have two cores).")
+_QUICK = flags.DEFINE_bool("quick", False, "Memory, FLOPs, bytes and collectives alone.")
+_TABLE = flags.DEFINE_bool("table", False, "Goes on with docs/tpu_sizing.md.")
+_TABLE_MINUTES = flags.DEFINE_float("table_minutes", 0, "Starts no compile after so many minutes; 0: goes on to the end.")
+
+
+def main() -> int:
+    if _TABLE.value:
+        return tpu_table.main(_TABLE_MINUTES.value)
+    for name, value in (("config", _CONFIG.value), ("topology", _TOPOLOGY.value)):
+        if value is None:
+            raise command_line.UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")
+    return check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
+
+
+def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
+    """Compiles, prints, and looks for what would fit where the train step does not."""
+    begin = time.monotonic()
+    tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s]{text}", flush=True)
+    if not config.model.scan:
+        if config.optimizer.name == "lamb":
+            print("note: model.scan stays False, since lamb cannot do with it; the compile will take long")
+        else:
+            config.model.scan = True
+            print(
+                "note: compiled with --config.model.scan=True, which computes the same and compiles in a fraction of the time"
+            )
+    parsed = tpu_compile.check(config, topology)
+    chip = parsed.chip
+    cores = " of two cores" if chip.cores_per_device == 2 else ""
+    print(
+        f"{config.model.name}, {config.data.image_size} px, batch {config.batch_size} on {topology}: {parsed.num_chips} chips, "
+        f"{parsed.num_devices} devices ({'cores' if chip.devices_per_chip == 2 else 'chips' + cores}), "
+        f"{config.batch_size // parsed.num_devices} images each; figures are of one device",
+        flush=True,
+    )
+    tell(" compiling the train step" + (" (memory only)" if quick else "; machine code takes minutes") + " …")
+    # Memory first: a step that does not fit needs no machine code.
+    train = tpu_compile.compile_step(config, topology, "train", quick=True)
+    if train["fits"] and not quick:
+        tell(f" it fits: {train['peak_bytes'] / chips.GIB:.2f} GiB; now its machine code …")
+        train = tpu_compile.compile_step(config, topology, "train", quick=False)
+    tell(" compiling the eval step (memory only) …")
+    evaluation = tpu_compile.compile_step(config, topology, "eval", quick=True)
+    tell(" compiled")
+    report("train step", train, chip, config.batch_size)
+    report("eval step", evaluation, chip, config.eval_batch_size or config.batch_size)
+    if not evaluation["fits"]:
+        print(f"The eval step does not fit: set --config.eval_batch_size below {config.eval_batch_size or config.batch_size}")
+    if train["fits"]:
+        print(f"VERDICT: {'fits' if evaluation['fits'] else 'training fits, evaluation does not'}")
+        return 0 if evaluation["fits"] else 1
+    print("The train step does not fit; looking for what would …", flush=True)
+    here = tpu_compile.Settings.of(config)
+    found = tpu_compile.make_fit(config, topology, train, tell)
+    if not found:
+        print("VERDICT: does not fit, and nothing tried does; take a larger slice, or chips with more memory")
+        return 1
+    print(f"VERDICT: does not fit. What does, of what was compiled, with the memory that it takes of {_gib(chip.memory)}:")
+    for settings, record in found:
+        extra = record["flops"] / found[0][1]["flops"] - 1
+        print(f"  {settings.flags(here):70s} {_gib(record['peak_bytes'])}, {extra:+.0%} FLOPs against the first")
+    print("  a slice so much larger that a device holds as few images needs less than the same in micro-batches")
+    return 1
+
+
+def report(name: str, record: dict, chip: chips.Chip, batch_size: int) -> None:
+    """Prints a step's figures."""
+    print(f"{name}:")
+    if "peak_bytes" not in record:
+        print(f"  memory         {_gib(record['needed_bytes'])} for activations alone, of {_gib(chip.memory)}")
+        return
+    print(
+        f"  memory         {_gib(record['peak_bytes'])} of {_gib(chip.memory)}: parameters {_gib(record['param_bytes'])}, "
+        f"optimizer and statistics {_gib(record['optimizer_bytes'])}, EMA {_gib(record['ema_bytes'])}, "
+        f"temporaries {_gib(record['temp_bytes'])}"
+    )
+    print(
+        f"  work           {record['flops'] / 1e12:.3g} TFLOP in matrix units, {record['bytes'] / 1e9:.3g} GB to and from memory"
+    )
+    for kind, count, size in record["collectives"]:
+        print(f"  {kind:14s} {count} times, {size / 1e6:.2f} MB")
+    for loop in record["unknown_loops"]:
+        print(f"  warning: {loop} repeats an unknown number of times and is counted once")
+    least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
+    print(
+        f"  least time     {1e3 * least:.3g} ms: the larger of FLOPs over {chip.flops / 1e12:g} TFLOP/s and bytes over "
+        f"{chip.bandwidth / 1e9:g} GB/s"
+    )
+    if seconds := chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"]):
+        print(
+            f"  estimated time {1e3 * seconds:.3g} ms, {batch_size / seconds:.4g} images/s on the slice: the backend's estimated "
+            f"cycles, loops multiplied, at {chip.clock / 1e9:g} GHz;\n"
+            "                 collectives, gathers and max pooling's gradient are not in it, and where memory bounds it may be\n"
+            f"                 {1 / chip.add_share:.1f} times too long"
+        )
+
+
+def _gib(size):
+    return f"{size / chips.GIB:.3g} GiB"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

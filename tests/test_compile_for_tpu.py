@@ -1,0 +1,99 @@
+"""The check whether a recipe fits a TPU slice: its search, its answers to bad input, and one small program compiled for a TPU."""
+
+import importlib.util
+import sys
+
+import entries
+import pytest
+
+from halonet_jax import config as config_lib
+from halonet_jax.analysis import chips
+
+sys.path.insert(0, str(entries.ROOT / "scripts"))
+
+import tpu_compile  # noqa: E402  (from scripts/)
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[compile_check]'"
+)
+
+
+def script(*arguments, code=0):
+    return entries.run([sys.executable, "scripts/compile_for_tpu.py", *arguments], code)
+
+
+@needs_libtpu
+def test_a_small_model_compiles_for_a_tpu():
+    small = (
+        "--config.batch_size=16", "--config.eval_batch_size=16", "--config.data.image_size=16", "--config.model.base_width=8",
+        "--config.model.stem_width=8", "--config.model.stage_sizes=(1,1,1,1)",
+        "--config.model.stage_kinds=('conv','conv','conv','conv')",
+    )  # fmt: skip
+    out = script("--config=configs/digits.py", "--topology=v5e:2x2", "--quick", *small).stdout
+    assert "4 chips, 4 devices" in out and "VERDICT: fits" in out
+    assert out.count("TFLOP in matrix units") == 2 and "all-reduce" in out
+    assert "of 15.8 GiB" in out and "estimated time" not in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--config=configs/h4.py"], "--topology is missing"),
+        (["--topology=v5e:2x2"], "--config is missing"),
+        (["--config=configs/h4.py", "--topology=v9:2x2"], "names an unknown chip; use one of v3, v4, v5e, v5p, v6e"),
+        (["--config=configs/h4.py", "--topology=v5e"], "write for example v5e:4x4"),
+        (["--config=configs/h4.py", "--topology=v5e:2x2", "--config.modle.scan=True"], "no key 'modle'"),
+        pytest.param(
+            ["--config=configs/h4.py", "--topology=v5e:2x2", "--config.batch_size=7"],
+            "batch_size=7 does not divide over 4 devices; use 4 or 8", marks=needs_libtpu,
+        ),
+        pytest.param(
+            ["--config=configs/h4.py", "--topology=v5e:3x3", "--config.batch_size=576"],
+            "libtpu does not know 'v5e:3x3'", marks=needs_libtpu,
+        ),
+    ],
+)  # fmt: skip
+def test_bad_input_ends_in_one_line(arguments, message):
+    error = script(*arguments, code=2).stderr.strip()
+    assert message in error and error.splitlines()[-1].startswith("error: ")
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+    monkeypatch.setattr(tpu_compile.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(config_lib.ConfigError, match="libtpu, TPU's compiler, is not installed; pip install"):
+        tpu_compile.check(config_lib.imagenet(), "v5e:2x2")
+
+
+def _fake_compiler(per_image, state, remat_share):
+    """Memory in GiB that grows with the images that a device holds at once."""
+    tried = []
+
+    def compile_step(config, topology):
+        settings = tpu_compile.Settings.of(config)
+        tried.append(settings)
+        images = config.batch_size / settings.accumulation_steps / chips.topology(topology).num_devices
+        peak = state + images * per_image * (remat_share if settings.remat else 1)
+        return {"fits": peak <= 15.75, "peak_bytes": peak * chips.GIB, "param_bytes": state * chips.GIB, "seconds": 0}
+
+    return compile_step, tried
+
+
+def test_the_search_finds_the_largest_micro_batch_and_remat():
+    config = config_lib.imagenet()
+    compile_step, tried = _fake_compiler(per_image=1, state=0.5, remat_share=0.5)
+    record = compile_step(config, "v5e:8x8")  # 64 images, 64.5 GiB
+    found = tpu_compile.make_fit(config, "v5e:8x8", record, lambda text: None, compile_step)
+    here = tpu_compile.Settings.of(config)
+    settings = [settings.flags(here) for settings, _ in found]
+    assert settings == [
+        "--config.optimizer.accumulation_steps=4 --config.model.remat=True", "--config.optimizer.accumulation_steps=8"
+    ]  # fmt: skip
+    assert len(tried) <= 6
+
+
+def test_the_search_ends_where_nothing_fits():
+    config = config_lib.imagenet()
+    compile_step, tried = _fake_compiler(per_image=1, state=20, remat_share=0.5)
+    record = compile_step(config, "v5e:8x8")
+    assert tpu_compile.make_fit(config, "v5e:8x8", record, lambda text: None, compile_step) == []
+    assert any(settings.fsdp == 64 for settings in tried)
