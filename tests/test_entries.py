@@ -1,6 +1,7 @@
 """`halonet_jax.train` and `halonet_jax.evaluate` as a user runs them: what they write and print, and what mistakes give."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ from entries import ROOT, checkpoints, command, evaluate, metrics, run, train, t
 from halonet_jax import train as train_entry
 from halonet_jax.training import checkpoint
 
-DIGITS = {"max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5}
+DIGITS = {"max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)"}
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +42,26 @@ def test_training_writes_all_that_it_promises(finished):
     assert about["versions"]["jax"] and about["devices"] == ["cpu"]
     assert cv2.imread(str(workdir / "learning_curve.png")).shape[1] > 500
     (events,) = workdir.glob("events.out.tfevents.*")
+    assert 0 <= reports[1]["input_wait"] <= 1 and reports[2]["data/corrupt"] == 0
+    assert list((workdir / "profile").rglob("*.xplane.pb"))
     assert b"train/loss" in events.read_bytes() and b"eval_ema/top1" in events.read_bytes()
 
 
 def test_training_prints_progress_and_where_everything_is(finished):
     workdir, done = finished
     assert not done.stderr
-    first, *progress = done.stdout.splitlines()
+    first, started, *progress = done.stdout.splitlines()
     assert "1,437 images, 10 classes; step 0 of 12, batch 32 on 1 cpu" in first
-    assert progress[0].startswith("step 5/12 (41%)  loss ") and "img/s  ETA 0:0" in progress[0]
+    parts = re.findall(r"([a-z ]+?) (\d+\.\d)(?:,|$)", started.partition(": ")[2])
+    assert [name.strip() for name, _ in parts] == [
+        "imports and devices", "data", "state", "first batch", "compiling and the first step"
+    ]  # fmt: skip
+    total = float(re.search(r"first step done after (\d+\.\d) s", started).group(1))
+    assert abs(total - sum(float(seconds) for _, seconds in parts)) < 0.5
+    assert "img/s: 0:" in progress[0] and "to go, done about" in progress[0]
+    assert (
+        progress[1].startswith("step 5/12 (41%)  loss ") and "%  ETA 0:0" in progress[1] and "img/s  input wait" in progress[1]
+    )
     assert f"results     {workdir}/metrics.jsonl" in done.stdout
     assert f"checkpoint  {workdir}/checkpoints/12" in done.stdout.splitlines()[-1]
     assert checkpoints(workdir) == [10, 12]
