@@ -4,16 +4,20 @@
     python scripts/compile_for_tpu.py --config=configs/h4.py --topology=v5e:8x16 [--config.batch_size=2048 …] [--quick]
     python scripts/compile_for_tpu.py --table [--table_minutes=60]
 
-The programs are those of `halonet_jax.training.programs`, as training runs them, except that `model.scan` is set to True:
-stages then compile as loops, which takes a fraction of the time. Where the train step does not fit, settings that do are
-looked for. `--quick` leaves out machine code, hence the estimate of time: less than a minute in place of five to ten.
+The programs are those of `halonet_jax.training.programs`, as training runs them. Memory, FLOPs, bytes and collectives are known
+before machine code is, in about a minute. Machine code, for an estimate of time, takes five to fifteen more; `--quick` leaves it
+out. It is compiled with `model.scan=True`, without which it would take several times as long: FLOPs are the same then,
+memory is not. Where the train step does not fit, settings that do are looked for.
+
 `--table` compiles the rows of docs/tpu_sizing.md that are missing, most wanted first, and writes the file; it can be stopped
 and goes on where it was.
 
-Exit codes: 0 fits; 1 does not fit; 2 bad input.
+Exit codes: 0 fits; 1 does not fit; 2 bad input; 3 the compiler failed.
 """
 
+import sys
 import time
+from collections.abc import Callable
 
 import ml_collections
 import tpu_compile
@@ -33,25 +37,21 @@ _TABLE_MINUTES = flags.DEFINE_float("table_minutes", 0, "Starts no compile after
 
 def main() -> int:
     if _TABLE.value:
-        return tpu_table.main(_TABLE_MINUTES.value)
+        return tpu_table.main(_TABLE_MINUTES.value, _QUICK.value)
     for name, value in (("config", _CONFIG.value), ("topology", _TOPOLOGY.value)):
         if value is None:
             raise command_line.UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")
-    return check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
+    try:
+        return check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
+    except tpu_compile.CompileFailed as error:
+        print(f"error: the compiler failed: {error}", file=sys.stderr)
+        return 3
 
 
 def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     """Compiles, prints, and looks for what would fit where the train step does not."""
     begin = time.monotonic()
-    tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s]{text}", flush=True)
-    if not config.model.scan:
-        if config.optimizer.name == "lamb":
-            print("note: model.scan stays False, since lamb cannot do with it; the compile will take long")
-        else:
-            config.model.scan = True
-            print(
-                "note: compiled with --config.model.scan=True, which computes the same and compiles in a fraction of the time"
-            )
+    tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
     parsed = tpu_compile.check(config, topology)
     chip = parsed.chip
     cores = " of two cores" if chip.cores_per_device == 2 else ""
@@ -61,37 +61,60 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
         f"{config.batch_size // parsed.num_devices} images each; figures are of one device",
         flush=True,
     )
-    tell(" compiling the train step" + (" (memory only)" if quick else "; machine code takes minutes") + " …")
-    # Memory first: a step that does not fit needs no machine code.
-    train = tpu_compile.compile_step(config, topology, "train", quick=True)
-    if train["fits"] and not quick:
-        tell(f" it fits: {train['peak_bytes'] / chips.GIB:.2f} GiB; now its machine code …")
-        train = tpu_compile.compile_step(config, topology, "train", quick=False)
-    tell(" compiling the eval step (memory only) …")
-    evaluation = tpu_compile.compile_step(config, topology, "eval", quick=True)
-    tell(" compiled")
-    report("train step", train, chip, config.batch_size)
-    report("eval step", evaluation, chip, config.eval_batch_size or config.batch_size)
+    tell("compiling the train step as far as its memory …")
+    train = tpu_compile.compile_step(config, topology, "train")
+    tell("compiling the eval step as far as its memory …")
+    evaluation = tpu_compile.compile_step(config, topology, "eval")
+    tell("done")
+    eval_batch_size = config.eval_batch_size or config.batch_size
+    report("train step", train, chip)
+    report("eval step", evaluation, chip)
+    if not train["fits"]:
+        print("The train step does not fit; looking for what would …", flush=True)
+        print_remedies(tpu_compile.make_fit(config, topology, train, tell), tpu_compile.Settings.of(config), chip)
+        return 1
+    if not quick:
+        estimate_time(config, topology, tell)
     if not evaluation["fits"]:
-        print(f"The eval step does not fit: set --config.eval_batch_size below {config.eval_batch_size or config.batch_size}")
-    if train["fits"]:
-        print(f"VERDICT: {'fits' if evaluation['fits'] else 'training fits, evaluation does not'}")
-        return 0 if evaluation["fits"] else 1
-    print("The train step does not fit; looking for what would …", flush=True)
-    here = tpu_compile.Settings.of(config)
-    found = tpu_compile.make_fit(config, topology, train, tell)
+        print(f"VERDICT: training fits, evaluation does not; set --config.eval_batch_size below {eval_batch_size}")
+        return 1
+    print("VERDICT: fits")
+    return 0
+
+
+def print_remedies(found: list, here: tpu_compile.Settings, chip: chips.Chip) -> None:
+    """The verdict where the train step does not fit."""
     if not found:
         print("VERDICT: does not fit, and nothing tried does; take a larger slice, or chips with more memory")
-        return 1
+        return
     print(f"VERDICT: does not fit. What does, of what was compiled, with the memory that it takes of {_gib(chip.memory)}:")
     for settings, record in found:
-        extra = record["flops"] / found[0][1]["flops"] - 1
-        print(f"  {settings.flags(here):70s} {_gib(record['peak_bytes'])}, {extra:+.0%} FLOPs against the first")
-    print("  a slice so much larger that a device holds as few images needs less than the same in micro-batches")
-    return 1
+        least = 1e3 * chips.roofline_seconds(chip, record["flops"], record["bytes"])
+        print(f"  {settings.flags(here):70s} {_gib(record['peak_bytes'])}, at least {least:.0f} ms a step")
+    print("  or a slice so much larger that a device holds no more images than such a micro-batch")
 
 
-def report(name: str, record: dict, chip: chips.Chip, batch_size: int) -> None:
+def estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callable[[str], None]) -> None:
+    """Compiles the train step to machine code and prints what its cycles come to."""
+    chip = chips.topology(topology).chip
+    config, scan = config.copy_and_resolve_references(), config.model.scan
+    config.model.scan |= config.optimizer.name != "lamb"  # which cannot do with it
+    with_scan = ", with --config.model.scan=True" if config.model.scan > scan else ""
+    tell(f"compiling the train step to machine code{with_scan}; this takes minutes …")
+    record = tpu_compile.compile_step(config, topology, "train", quick=False)
+    tell("done")
+    if "cycles" not in record:
+        print(f"  no estimate of time: {with_scan.strip(', ')} the step needs {_gib(record['needed_bytes'])} and does not fit")
+        return
+    seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
+    print(
+        f"estimated time     {1e3 * seconds:.3g} ms a step, {config.batch_size / seconds:.4g} images/s on the slice\n"
+        f"  from the backend's estimated cycles, loops multiplied, at {chip.clock / 1e9:g} GHz; collectives, gathers and max\n"
+        f"  pooling's gradient are not in it, and where memory bounds it may be {1 / chip.add_share:.1f} times too long"
+    )
+
+
+def report(name: str, record: dict, chip: chips.Chip) -> None:
     """Prints a step's figures."""
     print(f"{name}:")
     if "peak_bytes" not in record:
@@ -114,13 +137,6 @@ def report(name: str, record: dict, chip: chips.Chip, batch_size: int) -> None:
         f"  least time     {1e3 * least:.3g} ms: the larger of FLOPs over {chip.flops / 1e12:g} TFLOP/s and bytes over "
         f"{chip.bandwidth / 1e9:g} GB/s"
     )
-    if seconds := chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"]):
-        print(
-            f"  estimated time {1e3 * seconds:.3g} ms, {batch_size / seconds:.4g} images/s on the slice: the backend's estimated "
-            f"cycles, loops multiplied, at {chip.clock / 1e9:g} GHz;\n"
-            "                 collectives, gathers and max pooling's gradient are not in it, and where memory bounds it may be\n"
-            f"                 {1 / chip.add_share:.1f} times too long"
-        )
 
 
 def _gib(size):

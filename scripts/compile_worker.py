@@ -12,6 +12,7 @@ gets `about.json` (sizes of the state), and from a compile that succeeds `progra
 import glob
 import importlib.util
 import json
+import math
 import os
 import re
 import sys
@@ -67,7 +68,7 @@ def lower(config, topology: str, options: dict, step: str, num_classes: int):
 
 def bytes_per_device(tree) -> int:
     """Of a tree of `ShapeDtypeStruct`s with shardings; without the padding of tiled layouts."""
-    return sum(np.prod(x.sharding.shard_shape(x.shape), dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(tree)).item()
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def describe(program, devices) -> dict:

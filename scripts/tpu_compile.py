@@ -35,21 +35,23 @@ class Settings(NamedTuple):
     accumulation_steps: int
     remat: bool
     fsdp: int
+    scan: bool
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
-        return cls(config.batch_size, config.optimizer.accumulation_steps, config.model.remat, config.mesh.fsdp)
+        c = config
+        return cls(c.batch_size, c.optimizer.accumulation_steps, c.model.remat, c.mesh.fsdp, c.model.scan)
 
     def apply(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         """A copy of the config with these settings."""
         config = ml_collections.ConfigDict(config.to_dict())
         config.batch_size, config.optimizer.accumulation_steps = self.batch_size, self.accumulation_steps
-        config.model.remat, config.mesh.fsdp = self.remat, self.fsdp
+        config.model.remat, config.mesh.fsdp, config.model.scan = self.remat, self.fsdp, self.scan
         return config
 
     def flags(self, than: "Settings") -> str:
         """The flags that turn `than` into these settings."""
-        keys = ("batch_size", "optimizer.accumulation_steps", "model.remat", "mesh.fsdp")
+        keys = ("batch_size", "optimizer.accumulation_steps", "model.remat", "mesh.fsdp", "model.scan")
         changed = [f"--config.{key}={new}" for key, new, old in zip(keys, self, than) if new != old]
         return " ".join(changed)
 
@@ -124,20 +126,20 @@ def make_fit(
     tell: Callable[[str], None],
     compile_step: Callable[..., dict] = compile_step,
 ) -> list[tuple[Settings, dict]]:
-    """What would fit in place of settings that do not, as compiled: the cheapest first.
+    """What fits in place of settings that do not, as compiled, with the least time first (`chips.roofline_seconds`).
 
-    Micro-batches keep the recipe's global batch; of those and of smaller batches without them the largest that fits is found by
-    halving, starting from what the failed compile says that it needs. `model.remat` is tried at the full batch and at each
-    size above. Sharing the state out over `fsdp` is tried only where the state is a good part of the memory.
+    Without `model.remat` and with it, the largest micro-batch that fits is found by halving, starting from what the failed
+    compile says that it needs: micro-batches keep the recipe's global batch. Sharing the state out over `fsdp` is tried only
+    where the state is a good part of the memory.
     """
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
 
     def attempt(settings):
-        tell(f"  trying {settings.flags(here)} …")
+        tell(f"trying {settings.flags(here)} …")
         new = compile_step(settings.apply(config), topology)
         needs = new.get("peak_bytes") or new["needed_bytes"]
-        tell(f"  {'fits' if new['fits'] else 'does not fit'}: {needs / chips.GIB:.1f} GiB ({new['seconds']} s)")
+        tell(f"{'fits' if new['fits'] else 'does not fit'}: {needs / chips.GIB:.1f} GiB ({new['seconds']} s)")
         if new["fits"]:
             found.append((settings, new))
         return new
@@ -145,8 +147,8 @@ def make_fit(
     state = sum(record.get(key, 0) for key in ("param_bytes", "optimizer_bytes", "ema_bytes"))
     if state > parsed.chip.memory / 4 and here.fsdp == 1:
         attempt(here._replace(fsdp=parsed.num_devices))
-    for remat in {here.remat, True}:
-        last = attempt(here._replace(remat=True)) if remat and not here.remat else record
+    for remat in sorted({here.remat, True}):
+        last = record if remat == here.remat else attempt(here._replace(remat=remat))
         steps = here.accumulation_steps
         while not last["fits"]:
             needs = last.get("peak_bytes") or last["needed_bytes"]
@@ -159,7 +161,7 @@ def make_fit(
             if not _divides(config, steps, parsed.num_devices):
                 break
             last = attempt(here._replace(accumulation_steps=steps, remat=remat))
-    return sorted(found, key=lambda item: (item[0].accumulation_steps, item[0].remat))
+    return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
 
 
 def _divides(config, steps, num_devices):

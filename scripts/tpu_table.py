@@ -26,6 +26,7 @@ RECIPES = (
     "halonet50", "resnet50",
 )  # fmt: skip
 FIRST = ("h4", "h0", "h1", "h7")
+PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
 # What a compiled program depends on; reading data, logging, checkpoints and the like do not count.
 SOURCES = (
@@ -34,37 +35,37 @@ SOURCES = (
 )  # fmt: skip
 
 
-def main(minutes: float) -> int:
-    """Compiles what is missing, most wanted first, and writes the page after every compile."""
+def main(minutes: float, quick: bool) -> int:
+    """Compiles what is missing, most wanted first, and writes the page after every row. `quick` leaves out machine code."""
     store, begin = Store(), time.monotonic()
     tell = lambda text: print(f"[{(time.monotonic() - begin) / 60:4.0f} min] {text}", flush=True)
-    for recipe, name, full in work():
+    for recipe, name, timed in work():
         if minutes and time.monotonic() - begin > 60 * minutes:
             tell("time is up; the same command goes on")
             break
-        row(store, recipe, SLICES[name], full, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
-        write_page(store)
+        if not (quick and timed):
+            row(store, recipe, SLICES[name], timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
+            write_page(store)
     write_page(store)
     return 0
 
 
 def work() -> list[tuple[str, str, bool]]:
-    """(recipe, slice, whether with machine code) in the order in which they are wanted."""
+    """(recipe, slice, whether its time is wanted too) in the order in which they are wanted."""
     rest = [recipe for recipe in RECIPES if recipe not in FIRST]
-    quick = lambda recipes, names: [(recipe, name, False) for name in names for recipe in recipes]
-    full = lambda recipes, names: [(recipe, name, True) for name in names for recipe in recipes]
+    every = lambda recipes, names, timed: [(recipe, name, timed) for name in names for recipe in recipes]
     first, others = ("v5e-128", "v4-128"), ("v6e-128", "v5p-128", "v3-128")
     return [
-        *quick(FIRST, first), *full(FIRST, first[:1]), *quick(rest, first), *quick(FIRST, others), *full(FIRST, first[1:]),
-        *quick(rest, others), ("h4_base128", "v3-128", True), *full(rest, first), *full(RECIPES, others),
+        *every(FIRST, first, False), ("h4", "v5e-128", True), PUBLISHED, *every(FIRST, first[:1], True), *every(rest, first, False),
+        *every(FIRST, others, False), *every(FIRST, first[1:], True), *every(rest, others, False), *every(rest, first, True),
+        *every(RECIPES, others, True),
     ]  # fmt: skip
 
 
 class Store:
-    """Records of compiles, kept in a file."""
+    """Records of compiles, kept in a file that several runs may write to."""
 
     def __init__(self):
-        self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
         versions = "".join(metadata.version(name) for name in ("jax", "libtpu"))
         code = hashlib.sha256(versions.encode())
         for source in SOURCES:
@@ -72,72 +73,82 @@ class Store:
             for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
                 code.update(file.read_bytes())
         self.code = code.hexdigest()[:12]
+        self.read()
 
-    def get(self, recipe: str, topology: str, settings: Settings | None, quick: bool) -> dict | None:
+    def read(self) -> None:
+        self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
+
+    def get(self, recipe: str, topology: str, settings: Settings, quick: bool, current: bool = True) -> dict | None:
+        """A record; where `current`, only one of the code as it is now."""
         record = self.records.get(_key(recipe, topology, settings, quick))
-        return record if record and record["code"] == self.code else None
+        return record if record and (record["code"] == self.code or not current) else None
 
-    def put(self, recipe: str, topology: str, settings: Settings | None, quick: bool, record: dict) -> None:
+    def put(self, recipe: str, topology: str, settings: Settings, quick: bool, record: dict) -> None:
+        self.read()
         self.records[_key(recipe, topology, settings, quick)] = record | {"code": self.code}
-        RECORDS.write_text(json.dumps(dict(sorted(self.records.items())), indent=1))
+        new = RECORDS.with_suffix(".new")
+        new.write_text(json.dumps(dict(sorted(self.records.items())), indent=1) + "\n")
+        new.rename(RECORDS)
 
 
 def _key(recipe, topology, settings, quick):
-    settings = "as the recipe" if settings is None else " ".join(f"{k}={v}" for k, v in settings._asdict().items())
+    settings = " ".join(f"{key}={value}" for key, value in settings._asdict().items())
     return f"{recipe} | {topology} | {settings} | {'memory' if quick else 'machine code'}"
 
 
-def load(recipe: str) -> ml_collections.ConfigDict:
-    """The recipe's config, compiled with loops over equal blocks."""
+def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
+    """The recipe's config, with `model.scan` where `scan` asks for it."""
     config = config_lib.sibling(str(ROOT / "configs" / "recipe.py"), recipe)
-    config.model.scan = True
+    config.model.scan |= scan
     return config
 
 
-def row(store: Store, recipe: str, topology: str, full: bool, tell) -> None:
-    """Compiles a row as far as it is not stored: the recipe as it is, else what makes it fit; with machine code where `full`."""
-    config = load(recipe)
-    here = Settings.of(config)
+def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
+    """Compiles a row as far as it is not stored: the recipe as it is, or what makes it fit.
+
+    Where `timed`, machine code besides, with loops over equal blocks: without them it takes half an hour a recipe.
+    """
 
     def compile_step(config, topology, step="train", quick=True):
         settings = Settings.of(config)
+        store.read()
         record = store.get(recipe, topology, settings, quick)
         if record is None:
-            tell(f"compiling {settings.flags(here) or 'the recipe as it is'}{'' if quick else ' with machine code'} …")
+            tell(f"compiling {settings.flags(here) or 'the recipe as it is'}{'' if quick else ', machine code'} …")
             record = tpu_compile.compile_step(config, topology, step, quick)
             store.put(recipe, topology, settings, quick, record)
         return record
 
-    try:
-        record = compile_step(config, topology)
-        if not record["fits"]:
-            tpu_compile.make_fit(config, topology, record, tell, compile_step)
-        fitting = fits(store, recipe, topology)
-        if full and fitting:
-            compile_step(fitting[0][0].apply(config), topology, quick=False)
-    except tpu_compile.CompileFailed as error:
-        tell(f"the compiler failed: {error}")
+    here = Settings.of(load(recipe))
+    for config in [load(recipe)] + [load(recipe, scan=True)] * timed:
+        try:
+            record = compile_step(config, topology)
+            if not record["fits"] and not fits(store, config, recipe, topology):
+                tpu_compile.make_fit(config, topology, record, tell, compile_step)
+            fitting = fits(store, config, recipe, topology)
+            if timed and config.model.scan and fitting:
+                compile_step(fitting[0][0].apply(config), topology, quick=False)
+        except tpu_compile.CompileFailed as error:
+            tell(f"the compiler failed: {error}")
 
 
-def fits(store: Store, recipe: str, topology: str) -> list[tuple[Settings, dict]]:
-    """Settings that fit, the one with the fewest FLOPs first, with their records: those with machine code where there are."""
-    config = load(recipe)
-    here = Settings.of(config)
-    found = {}
-    for quick in (True, False):
-        for remat in (False, True):
-            for steps in (1, 2, 4, 8, 16, 32, 64):
-                for fsdp in (1, chips.topology(topology).num_devices):
-                    settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
-                    record = store.get(recipe, topology, settings, quick)
-                    if record and record["fits"]:
-                        found[settings] = record
-    return sorted(found.items(), key=lambda item: (item[0].remat, item[0].accumulation_steps, item[0].fsdp))
+def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -> list[tuple[Settings, dict]]:
+    """Settings that differ from the config's and fit, with their records, the one of least time first."""
+    here, parsed = Settings.of(config), chips.topology(topology)
+    found = []
+    for remat in (False, True):
+        for steps in (1, 2, 4, 8, 16, 32, 64):
+            for fsdp in (1, parsed.num_devices):
+                settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
+                record = store.get(recipe, topology, settings, quick, current=False)
+                if record and record["fits"]:
+                    found.append((settings, record))
+    return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
 
 
 def write_page(store: Store) -> None:
     """Writes docs/tpu_sizing.md from the records."""
-    lines = [_HEADER.format(code=store.code, **{k: metadata.version(k) for k in ("jax", "libtpu")})]
+    lines = [_HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
     for name, topology in SLICES.items():
         parsed = chips.topology(topology)
         lines.append(_slice_header(name, parsed))
@@ -152,44 +163,50 @@ def _slice_header(name, parsed):
         f"\n## {name} (`{parsed.name}`)\n\n{parsed.num_devices} {kind} of {chip.memory / chips.GIB:.2f} GiB, "
         f"{chip.flops / 1e12:g} TFLOP/s and {chip.bandwidth / 1e9:g} GB/s, {4096 // parsed.num_devices} images on each.\n\n"
         "| recipe | as it is | what makes it fit | peak GiB | TFLOP | GB moved | least ms | estimated ms | images/s | hours "
-        "| chip-hours |\n|---|---|---|---|---|---|---|---|---|---|---|"
+        "| chip-hours | estimated with |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
     )
 
 
 def _line(store, recipe, parsed):
-    config = load(recipe)
-    here, chip = Settings.of(config), parsed.chip
-    first = store.get(recipe, parsed.name, here, True)
+    config, chip = load(recipe), parsed.chip
+    here = Settings.of(config)
+    first = store.get(recipe, parsed.name, here, True, current=False)
     if first is None:
-        return f"| `{recipe}` | not compiled yet |" + " |" * 9
-    verdict = "fits" if first["fits"] else f"{first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"
-    fitting = fits(store, recipe, parsed.name)
-    if not fitting:
-        return f"| `{recipe}` | {verdict} | nothing compiled yet |" + " |" * 8
-    settings, record = fitting[0]
-    remedies = "; ".join(
-        f"`{settings.flags(here).replace('--config.', '')}`" + (f" ({record['peak_bytes'] / chips.GIB:.1f} GiB)" if i else "")
-        for i, (settings, record) in enumerate(fitting)
-        if not first["fits"]
-    )
-    least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
-    cells = [
-        f"`{recipe}`", verdict, remedies, f"{record['peak_bytes'] / chips.GIB:.2f}", f"{record['flops'] / 1e12:.2f}",
-        f"{record['bytes'] / 1e9:.0f}", f"{1e3 * least:.0f}",
-    ]  # fmt: skip
-    if seconds := chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"]):
+        return f"| `{recipe}` | not compiled yet |" + " |" * 10
+    cells = [f"`{recipe}`" + ("" if first["code"] == store.code else " †")]
+    cells += ["fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"]
+    if fitting := fits(store, config, recipe, parsed.name):
+        cells += ["" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting)]
+        settings, record = fitting[0]
+        least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
+        cells += [f"{record['peak_bytes'] / chips.GIB:.2f}", f"{record['flops'] / 1e12:.2f}", f"{record['bytes'] / 1e9:.0f}"]
+        cells += [f"{1e3 * least:.0f}"]
+    else:
+        cells += ["nothing compiled yet", "", "", "", ""]
+    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, quick=False):
+        settings, record = timed[0]
+        seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
         rate = config.batch_size / seconds
         hours = EPOCHS * IMAGES / rate / 3600
         cells += [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]
+        cells += [_short(settings.flags(here))]
     else:
-        cells += ["not compiled yet", "", "", ""]
+        cells += ["not compiled yet", "", "", "", ""]
     return "| " + " | ".join(cells) + " |"
+
+
+def _remedy(here, settings, record):
+    return f"{_short(settings.flags(here))} ({record['peak_bytes'] / chips.GIB:.1f} GiB)"
+
+
+def _short(flags):
+    return " ".join(f"`{flag.removeprefix('--config.')}`" for flag in flags.split())
 
 
 _HEADER = """# What the recipes take on TPUs
 
 Made without a TPU, by compiling each recipe's real train step for the slice: `python scripts/compile_for_tpu.py --table`, which
-goes on where it stopped (one recipe: `--config=configs/h4.py --topology=v5e:8x16`). jax {jax}, libtpu {libtpu}, code {code}.
+goes on where it stopped (one recipe: `--config=configs/h4.py --topology=v5e:8x16`). jax {jax}, libtpu {libtpu}.
 """
 
 _FOOTER = ""
