@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ml_collections
 import tpu_compile
+import tpu_table_text
 from tpu_compile import Settings
 
 from halonet_jax import config as config_lib
@@ -148,12 +149,15 @@ def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -
 
 def write_page(store: Store) -> None:
     """Writes docs/tpu_sizing.md from the records."""
-    lines = [_HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
+    lines = [tpu_table_text.HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
     for name, topology in SLICES.items():
         parsed = chips.topology(topology)
         lines.append(_slice_header(name, parsed))
         lines += [_line(store, recipe, parsed) for recipe in RECIPES]
-    PAGE.write_text("\n".join(lines) + "\n" + _FOOTER)
+    share = lambda key: ", ".join(f"{getattr(chip, key):.0%} ({chip.name})" for chip in chips.CHIPS.values())
+    PAGE.write_text(
+        "\n".join(lines) + "\n" + tpu_table_text.FOOTER.format(matmul=share("matmul_share"), add=share("add_share"))
+    )
 
 
 def _slice_header(name, parsed):
@@ -201,12 +205,3 @@ def _remedy(here, settings, record):
 
 def _short(flags):
     return " ".join(f"`{flag.removeprefix('--config.')}`" for flag in flags.split())
-
-
-_HEADER = """# What the recipes take on TPUs
-
-Made without a TPU, by compiling each recipe's real train step for the slice: `python scripts/compile_for_tpu.py --table`, which
-goes on where it stopped (one recipe: `--config=configs/h4.py --topology=v5e:8x16`). jax {jax}, libtpu {libtpu}.
-"""
-
-_FOOTER = ""

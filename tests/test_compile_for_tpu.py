@@ -12,6 +12,7 @@ from halonet_jax.analysis import chips
 sys.path.insert(0, str(entries.ROOT / "scripts"))
 
 import tpu_compile  # noqa: E402  (from scripts/)
+import tpu_table  # noqa: E402
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[compile_check]'"
@@ -98,3 +99,25 @@ def test_the_search_ends_where_nothing_fits():
     record = compile_step(config, "v5e:8x8")
     assert tpu_compile.make_fit(config, "v5e:8x8", record, lambda text: None, compile_step) == []
     assert any(settings.fsdp == 64 for settings in tried)
+
+
+def test_the_table_goes_on_where_it_stopped_and_says_what_is_missing(tmp_path, monkeypatch):
+    compiled = []
+
+    def compile_step(config, topology, step, quick):
+        compiled.append((config.model.name, topology, quick))
+        work = {"flops": 2e12, "bytes": 1e11, "cycles": 0 if quick else 1.5e9, "seconds": 0}
+        return work | {"fits": True, "peak_bytes": 2**32}
+
+    monkeypatch.setattr(tpu_table, "RECORDS", tmp_path / "records.json")
+    monkeypatch.setattr(tpu_table, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(tpu_table, "work", lambda: [("h7", "v5e-128", False), ("h7", "v5e-128", True)])
+    monkeypatch.setattr(tpu_table.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(tpu_compile, "compile_step", compile_step)
+    for _ in range(2):
+        assert tpu_table.main(minutes=0, quick=False) == 0
+    assert compiled == [("h7", "v5e:8x16", True), ("h7", "v5e:8x16", False)]
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| `h7`")]
+    # One second a step: 350 epochs of 1,281,167 images at 4,096 a second are 30.4 hours, 3,892 on 128 chips.
+    assert rows[0] == "| `h7` | fits |  | 4.00 | 2.00 | 100 | 122 | 1000 | 4,096 | 30.4 | 3,892 |  |"
+    assert all("not compiled yet" in row for row in rows[1:]) and len(rows) == 5
