@@ -61,6 +61,12 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
         f"{config.batch_size // parsed.num_devices} images each; figures are of one device",
         flush=True,
     )
+    held = config.batch_size // config.optimizer.accumulation_steps // parsed.num_devices
+    if (group := config.model.bn_group_size) and held % group:
+        print(
+            f"note: batch-norm groups of {group} images span devices, which hold {held} at once, so that every norm makes "
+            f"all-reduces; --config.model.bn_group_size={held} would not"
+        )
     tell("compiling the train step as far as its memory …")
     train = tpu_compile.compile_step(config, topology, "train")
     tell("compiling the eval step as far as its memory …")

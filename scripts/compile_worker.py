@@ -97,7 +97,7 @@ def exit_after_memory_assignment(out: Path) -> None:
         done = glob.glob(f"{out}/dump/*.jit_*_step.*after_optimizations_after_buffer_assignment.txt")
         if not done:
             continue
-        while not (text := Path(done[0]).read_text()).rstrip().endswith("}") or "\nENTRY" not in text:
+        while "\nENTRY" not in (text := Path(done[0]).read_text()) or not text.rstrip().endswith("\n}"):
             time.sleep(0.5)  # still being written
         report = Path(done[0].replace("_after_buffer_assignment.txt", "-memory-usage-report.txt")).read_text()
         total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", report).group(1)

@@ -107,7 +107,7 @@ def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
 def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
     """Compiles a row as far as it is not stored: the recipe as it is, or what makes it fit.
 
-    Where `timed`, machine code besides, with loops over equal blocks: without them it takes half an hour a recipe.
+    Where `timed`, machine code besides, with loops over equal blocks, which compile sooner.
     """
 
     def compile_step(config, topology, step="train", quick=True):
@@ -134,7 +134,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
 
 
 def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -> list[tuple[Settings, dict]]:
-    """Settings that differ from the config's and fit, with their records, the one of least time first."""
+    """Of the config's settings and the remedies for them what fits, with records, the one of least time first."""
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
     for remat in (False, True):
