@@ -200,7 +200,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     """Rebuilds a config from `to_json`'s text.
 
     Raises:
-        ConfigError: for a key that this version does not know.
+        ConfigError: for a key that this version does not know, and for text that is no config.
     """
 
     def tuples(value):  # JSON has lists alone
@@ -212,6 +212,8 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     try:
         with config.ignore_type():
             config.update(tuples(json.loads(text)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"config.json is torn ({error}); the training command, given again, writes it anew") from None
     except (AttributeError, KeyError) as error:
         raise ConfigError(f"the config has a key that this version does not know: {str(error).splitlines()[0]}") from None
     return config

@@ -46,8 +46,13 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
     if jax.process_index() == 0:
         probe.unlink()
     if (workdir / "config.json").exists():
-        for line in config_lib.differences(config_lib.from_json((workdir / "config.json").read_text()), config):
-            logging.warning("The config differs from this workdir's last run: %s", line)
+        try:
+            last = config_lib.from_json((workdir / "config.json").read_text())
+        except config_lib.ConfigError as error:
+            logging.warning("The config cannot be compared with this workdir's last run: %s", error)
+        else:
+            for line in config_lib.differences(last, config):
+                logging.warning("The config differs from this workdir's last run: %s", line)
     return workdir
 
 

@@ -1,5 +1,9 @@
 """Batches for one process, loaded ahead by Grain. Which rows a batch holds is the law that `rows` states."""
 
+import multiprocessing
+import os
+import signal
+import threading
 import weakref
 from collections.abc import Iterator
 
@@ -40,7 +44,7 @@ def train_batches(
 
     Raises:
         DataError: for sizes that do not fit, an empty source, unknown names; later, from `next`: for a corrupt image
-            (with on_corrupt="stop"), sixteen corrupt ones in a row, or a label out of range.
+            (with on_corrupt="stop"), sixteen corrupt ones in a row, a label out of range, or a worker process that died.
     """
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must be 0 or more")
@@ -96,7 +100,16 @@ class Loader:
         if not self._running or self._num_given == self._examples.num_batches:
             self.close()
             raise StopIteration
-        batch = next(self._running[0])
+        try:
+            batch = next(self._running[0])
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's words
+                raise
+            self.close()
+            raise DataError(
+                "a data worker process died, as where memory runs out (see the kernel's log); use fewer data.num_workers, "
+                "data.prefetch or data.num_threads, or more memory"
+            ) from None
         fatal, corrupt = batch.pop("fatal"), batch.pop("corrupt")
         if fatal:
             self.close()
@@ -143,6 +156,18 @@ def _own(batch: dict) -> dict:
     return {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
 
 
+def _start_worker(worker: int, workers: int):
+    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process, which needs batches to finish its step.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end_with_parent():  # which may be killed; Grain's workers would stay for ever
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def _pipeline(examples: Examples) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         # Grain's worker processes read absl flags. Outside absl.app.run nobody parses them: their defaults hold.
@@ -155,7 +180,7 @@ def _pipeline(examples: Examples) -> grain.IterDataset:
     batch = _train_batch if examples.num_batches is None else _eval_batch
     dataset = grain.MapDataset.source(examples).to_iter_dataset(options).batch(examples.local_size, batch_fn=batch)
     if c.num_workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(c.num_workers)).map(_own)
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(c.num_workers), _start_worker).map(_own)
     # One more batch, so that stacking and copying happen beside the caller's work.
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
 

@@ -125,7 +125,7 @@ class Checkpointer:
             raise ValueError(f"checksum of {wrong[0]} is wrong ({len(wrong)} arrays differ from what was saved)")
 
     def _damage(self, step, error):
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = _reason(error)
         if isinstance(error, (PermissionError, MemoryError)) or any(word in reason for word in _UNREACHABLE):
             raise CheckpointError(f"{self.directory}/{step} cannot be read: {reason}") from None
         return reason
@@ -223,10 +223,14 @@ class Checkpointer:
         except Exception as error:  # of many types, by what is in the way
             steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
             last = f"The last good one is {self.directory}/{steps[-1]}" if steps else "There is none before it"
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise SaveError(
-                f"a checkpoint could not be written to {self.directory}: {reason}. {last}; make room, then the same command resumes"
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {last}; make room, then the same command resumes"
             ) from error
+
+
+def _reason(error):
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.partition(" [tensorstore_spec=")[0][:400]
 
 
 def _shapes(tree):

@@ -202,13 +202,17 @@ class Reporter:
 
 
 def read_metrics(workdir: str | epath.Path) -> list[dict]:
-    """The reports in `workdir/metrics.jsonl`, in order; a line torn by a crash is left out."""
+    """The reports in `workdir/metrics.jsonl`, in order; a line torn by a crash, or no report at all, is left out."""
     path, reports = epath.Path(workdir) / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
         try:
-            reports.append(json.loads(line))
+            report = json.loads(line)
         except json.JSONDecodeError:
-            logging.warning("%s has a torn line, left out: %.60s", path, line)
+            report = None
+        if isinstance(report, dict) and "step" in report:
+            reports.append(report)
+        else:
+            logging.warning("%s has a torn line, left out: %.60r", path, line)
     return reports
 
 
