@@ -19,7 +19,9 @@ class Chip(NamedTuple):
             when it runs out (libtpu 0.0.52).
         flops: peak bfloat16 FLOP/s.
         bandwidth: of the main memory, bytes/s.
-        clock: Hz; data sheet FLOP/s over those that its matrix units do in a cycle, which gives the known clock of v3 and v4.
+        clock: Hz; data sheet FLOP/s over those that its matrix units do in a cycle: 128² multiply-adds in each of 2 (a core of
+            v3), 8 (v4, v5p) or 4 (v5e). That gives the published 0.94 and 1.05 GHz of v3 and v4. For v6e we took four units of
+            256²: the compiler's estimate for a matrix product is more than two could do in its cycles.
         devices_per_chip: 2 where a device is one core.
         cores_per_device: 2 where two cores work as one device.
         matmul_share: part of the peak that the compiler's estimate for an 8192³ bfloat16 product comes to.
