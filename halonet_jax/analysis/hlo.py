@@ -218,14 +218,32 @@ def collectives(hlo_text: str) -> list[Collective]:
     """
     module = parse(hlo_text)
     count, size = collections.Counter(), collections.Counter()
-    for name, times in executions(module).items():
+    times = executions(module)
+    started = _started(module)
+    for name in times:
         computation = module.computations[name]
         for instruction in computation.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
-                count[kind] += times
-                size[kind] += times * _payload(kind, instruction, computation)
+            if kind in COLLECTIVES and started.get(_channel(instruction), name) == name:
+                count[kind] += times[name]
+                size[kind] += times[name] * _payload(kind, instruction, computation)
     return [Collective(kind, count[kind], size[kind]) for kind in sorted(count) if count[kind]]
+
+
+def _started(module):
+    """TPU starts some collectives in one fusion and goes on with them in others that repeat them: {channel: where it starts}."""
+    return {
+        _channel(instruction): name
+        for name, computation in module.computations.items()
+        if any('"AsyncCollectiveStart"' in instruction.attributes for instruction in computation.values())
+        for instruction in computation.values()
+        if instruction.opcode in COLLECTIVES
+    }
+
+
+def _channel(instruction):
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return (instruction.opcode, channel.group(1)) if channel else None
 
 
 def _payload(kind, instruction, computation):

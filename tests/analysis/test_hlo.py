@@ -94,6 +94,33 @@ def test_trip_counts_are_read_from_conditions():
     assert hlo.unknown_loops(hlo.parse(text)) == []
 
 
+# A collective that begins in one fusion and goes on inside another beside its own work.
+ASYNC_TEXT = """HloModule jit_f, is_scheduled=true
+
+%starts (x: bf16[2,8]) -> (bf16[2,8], bf16[8,8]) {
+  %x = bf16[2,8]{1,0} parameter(0)
+  %ag.1 = bf16[8,8]{1,0} all-gather(%x), channel_id=7, dimensions={0}
+  ROOT %started = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (y: bf16[2,8]) -> bf16[8,8] {
+  %y = bf16[2,8]{1,0} parameter(0)
+  ROOT %ag.2 = bf16[8,8]{1,0} all-gather(%y), channel_id=7, dimensions={0}
+}
+
+ENTRY %main (z: bf16[2,8]) -> bf16[8,8] {
+  %z = bf16[2,8]{1,0} parameter(0)
+  %start = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) fusion(%z), kind=kCustom, calls=%starts
+  %w = bf16[2,8]{1,0} get-tuple-element(%start), index=0
+  ROOT %on = bf16[8,8]{1,0} fusion(%w), kind=kOutput, calls=%goes_on
+}
+"""
+
+
+def test_a_collective_spread_over_fusions_counts_once():
+    assert hlo.collectives(ASYNC_TEXT) == [hlo.Collective("all-gather", 1, 2 * 8 * 8)]
+
+
 def test_unknown_trip_counts_are_named():
     module = hlo.parse(TPU_TEXT.replace("LIMIT", "9").replace("direction=LT", "direction=NE"))
     assert hlo.unknown_loops(module) == ["loop"]
