@@ -1,6 +1,5 @@
 """What the entries share: a user's mistake ends in one line that says what to do, not in a traceback."""
 
-import gc
 import logging as python_logging
 import os
 import sys
@@ -62,14 +61,13 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
         jax.distributed.shutdown()  # waits for the others, which end with the same code
     if code:
         # At once: others may wait for this process in vain, and a program may still be compiling in a thread.
-        gc.collect()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _quiet_orbax():
-    """Drops the pages that Orbax and TensorStore print where a checkpoint cannot be read or written: our errors say it in a line."""
+    """Drops the pages that Orbax and TensorStore print of a checkpoint that fails; our own errors say it in a line."""
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     report = sys.unraisablehook
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else report(args)

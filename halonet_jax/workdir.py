@@ -37,14 +37,16 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
                 probe.write_text("")
         except OSError as error:
             raise config_lib.ConfigError(f"workdir {workdir} cannot be written ({error}); give another --workdir") from None
-    with distributed.together("opening the workdir"):
-        if not probe.exists():
-            raise config_lib.ConfigError(
-                f"workdir {workdir} of process {jax.process_index()} is not that of process 0; give a folder that all hosts "
-                "share, such as gs://BUCKET/RUN"
-            )
-    if jax.process_index() == 0:
-        probe.unlink()
+    try:
+        with distributed.together("opening the workdir"):
+            if not probe.exists():
+                raise config_lib.ConfigError(
+                    f"workdir {workdir} of process {jax.process_index()} is not that of process 0; give a folder that all hosts "
+                    "share, such as gs://BUCKET/RUN"
+                )
+    finally:
+        if jax.process_index() == 0:
+            probe.unlink()
     if (workdir / "config.json").exists():
         try:
             last = config_lib.from_json((workdir / "config.json").read_text())

@@ -26,6 +26,7 @@ TINY = {
 def environment(devices=1):
     """The environment of an entry's process, less what this test process was given."""
     return os.environ | {
+        "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
@@ -35,15 +36,15 @@ def environment(devices=1):
 
 
 def command(entry, *arguments):
-    """The argument list of `python -m halonet_jax.<entry>`."""
-    return [sys.executable, "-m", f"halonet_jax.{entry}", *arguments]
+    """The argument list of `python -m halonet_jax.<entry>`; or of a script."""
+    return [sys.executable, *([entry] if entry.endswith(".py") else ["-m", f"halonet_jax.{entry}"]), *arguments]
 
 
-def train_command(workdir, **config):
+def train_command(workdir, entry="train", **config):
     """Tiny training; keys of `config` have "__" for the dot."""
     overrides = TINY | {key.replace("__", "."): value for key, value in config.items()}
     overrides = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return command("train", "--config=configs/digits.py", f"--workdir={workdir}", *overrides)
+    return command(entry, "--config=configs/digits.py", f"--workdir={workdir}", *overrides)
 
 
 def run(arguments, code=0, devices=1):

@@ -100,16 +100,7 @@ class Loader:
         if not self._running or self._num_given == self._examples.num_batches:
             self.close()
             raise StopIteration
-        try:
-            batch = next(self._running[0])
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):  # Grain's words
-                raise
-            self.close()
-            raise DataError(
-                "a data worker process died, as where memory runs out (see the kernel's log); use fewer data.num_workers, "
-                "data.prefetch or data.num_threads, or more memory"
-            ) from None
+        batch = self._next()
         fatal, corrupt = batch.pop("fatal"), batch.pop("corrupt")
         if fatal:
             self.close()
@@ -121,6 +112,19 @@ class Loader:
                 self._named.add(name)
                 logging.warning("Skipped corrupt image %s: %s", name, reason)
         return batch
+
+    def _next(self):
+        try:
+            return next(self._running[0])
+        except RuntimeError as error:
+            if "terminated unexpectedly" not in str(error):  # Grain's words
+                raise
+        # Outside of the handler: an error that held on to Grain's iterator would keep its semaphores until after the run.
+        self.close()
+        raise DataError(
+            "a data worker process died, as where memory runs out (see the kernel's log); use a smaller data.num_workers or "
+            "data.prefetch, or more memory"
+        )
 
     def close(self):
         """Ends the background threads and processes; no more batches come."""

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import itertools
+import re
 from typing import Any
 
 import jax
@@ -224,13 +225,14 @@ class Checkpointer:
             steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
             last = f"The last good one is {self.directory}/{steps[-1]}" if steps else "There is none before it"
             raise SaveError(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {last}; make room, then the same command resumes"
+                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {last}; make room, then the same "
+                "command resumes"
             ) from error
 
 
 def _reason(error):
     text = " ".join(str(error).split()) or type(error).__name__
-    return text.partition(" [tensorstore_spec=")[0][:400]
+    return re.split(r" \[(?:tensorstore_spec|os_error_code|source locations)=", text)[0][:400]
 
 
 def _shapes(tree):
