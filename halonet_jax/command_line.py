@@ -1,5 +1,6 @@
 """What the entries share: a user's mistake ends in one line that says what to do, not in a traceback."""
 
+import errno
 import logging as python_logging
 import os
 import sys
@@ -20,6 +21,9 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _PEER_TIMEOUT = flags.DEFINE_integer(
     "peer_timeout", distributed.PEER_TIMEOUT, "Seconds without a sign of life after which a process counts as lost.", 1
 )
+
+
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class UsageError(ValueError):
@@ -54,9 +58,15 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
         code = _fail("interrupted; nothing was saved since the last checkpoint", stopping.EXIT_INTERRUPTED)
     except jax.errors.JaxRuntimeError as error:
         code = _runtime_failure(error)
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+            message = (
+                f"a file could not be written ({error}); the last checkpoint stands: make room, then the same command resumes"
+            )
+            code = _fail(message, stopping.EXIT_STORAGE)
+        else:
+            traceback.print_exc()
+            code = 1
     if code in (0, stopping.EXIT_PREEMPTED) and jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others, which end with the same code
     if code:

@@ -266,9 +266,13 @@ def roll_back(run: Run, position, error: stopping.NonFiniteLoss) -> tuple[state.
 
 def _advice(run, last, rollbacks):
     saved = "No checkpoint was saved before" if last is None else f"Last good checkpoint: {run.workdir}/checkpoints/{last}"
+    if run.config.on_non_finite == "stop":
+        besides = ", or on_non_finite=skip"
+    else:
+        besides = f"; it went back {rollbacks} times" if rollbacks else ", or a smaller checkpoint_every_steps"
     return (
         f"{saved}. Try a lower schedule.learning_rate, more schedule.warmup_epochs, optimizer.clip_norm=1, "
-        f"model.dtype=float32{', or on_non_finite=skip' if not rollbacks else f'; it went back {rollbacks} times'}"
+        f"model.dtype=float32{besides}"
     )
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from halonet_jax import __version__
 from halonet_jax import config as config_lib
 from halonet_jax.training import distributed
+from halonet_jax.training.stopping import StorageError
 
 
 def locate(workdir: str) -> epath.Path:
@@ -65,7 +66,7 @@ def use_compile_cache(workdir: epath.Path) -> None:
 
 
 def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes the resolved config, and what it ran with."""
+    """Writes the resolved config, and what it ran with; raises StorageError where it cannot."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     about = {
         "python": platform.python_version(),
@@ -76,8 +77,13 @@ def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     }
     for name, text in (("config.json", config_lib.to_json(config)), ("run.json", json.dumps(about, indent=2))):
         temporary = workdir / f"{name}.tmp"  # a kill then leaves the old file or the new one
-        temporary.write_text(text)
-        temporary.replace(workdir / name)
+        try:
+            temporary.write_text(text)
+            temporary.replace(workdir / name)
+        except OSError as error:
+            raise StorageError(
+                f"{workdir / name} cannot be written ({error}); make room, then give the command again"
+            ) from None
 
 
 def _revision():

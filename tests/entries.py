@@ -59,10 +59,10 @@ def train(workdir, code=0, devices=1, **config):
     return run(train_command(workdir, **config), code, devices)
 
 
-def start(arguments, devices=1):
+def start(arguments, devices=1, **options):
     """Starts a command; its output goes to pipes."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen(arguments, cwd=ROOT, env=environment(devices), stdout=pipe, stderr=pipe, text=True, **options)
 
 
 def join_flags(processes, peer_timeout=20):
@@ -74,9 +74,10 @@ def join_flags(processes, peer_timeout=20):
     return [[*shared, f"--process_id={index}"] for index in range(processes)]
 
 
-def start_processes(workdir, processes=2, devices=2, **config):
+def start_processes(workdir, processes=2, devices=2, peer_timeout=20, **config):
     """Starts tiny training on several processes of `devices` each."""
-    return [start([*train_command(workdir, **config), *flags], devices) for flags in join_flags(processes)]
+    arguments = train_command(workdir, **config)
+    return [start([*arguments, *flags], devices) for flags in join_flags(processes, peer_timeout)]
 
 
 def wait_for(processes, timeout=300):

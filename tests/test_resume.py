@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from entries import checkpoints, evaluate, metrics, start, train, train_command
+from entries import checkpoints, command, evaluate, metrics, run, start, train, train_command
 
 # Reports, evaluations and checkpoints at steps that are no multiples of one another.
 STEPS = 30
@@ -133,6 +133,16 @@ def test_best_checkpoint_survives_worse_ones(uninterrupted, tmp_path):
     assert checkpoints(workdir) == [best, STEPS + 9, STEPS + 12]
     result = evaluate(workdir, "--ema", "--step=best", "--batch_size=50")
     assert (result["step"], result["top1"]) == (best, accuracies[best])
+
+
+def test_evaluation_of_a_damaged_checkpoint_names_the_others(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / str(STEPS) / "state").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    message = run(command("evaluate", f"--workdir={tmp_path}/run"), code=2).stderr.splitlines()[-1]
+    assert message.startswith(f"error: {tmp_path}/run/checkpoints/{STEPS} is damaged (") and "give another --step: " in message
 
 
 def test_non_finite_loss_stops_and_leaves_the_good_checkpoint(uninterrupted, tmp_path):

@@ -232,7 +232,8 @@ class Checkpointer:
 
 def _reason(error):
     text = " ".join(str(error).split()) or type(error).__name__
-    return re.split(r" \[(?:tensorstore_spec|os_error_code|source locations)=", text)[0][:400]
+    text = re.split(r" \[(?:tensorstore_spec|os_error_code|source locations)=", text)[0]
+    return text if len(text) < 400 else f"{text[:150]} … {text[-250:]}"  # the cause comes last
 
 
 def _shapes(tree):

@@ -2,11 +2,13 @@
 
 import contextlib
 import os
+import threading
 import zlib
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
 PEER_TIMEOUT = 100  # seconds without a heartbeat after which a process counts as lost; JAX's default
@@ -54,6 +56,10 @@ def initialize(
             raise DistributedError(f"process_id={process_id} must lie between 0 and {num_processes - 1}, num_processes less 1")
         if not coordinator_address.rpartition(":")[2].isdigit():
             raise DistributedError(f"coordinator_address={coordinator_address!r} must be HOST:PORT, such as 10.0.0.2:8476")
+    hint = "Still waiting for the other processes of the run, of which each needs the same command (see --help)"
+    waiting = threading.Timer(30, logging.warning, (hint,))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(*explicit, heartbeat_timeout_seconds=peer_timeout)
     except ValueError as error:
@@ -64,6 +70,8 @@ def initialize(
         raise DistributedError(
             f"the {num_processes or ''} processes did not find one another: {reason}", peer_failed=True
         ) from None
+    finally:
+        waiting.cancel()
 
 
 @contextlib.contextmanager
