@@ -41,9 +41,9 @@ FOOTER = """
 - **`model.scan=True` costs memory**: 6.2 GiB in place of 4.6 for H0 on v5e-128, for the same FLOPs and 9 % more traffic.
   Recipes to H4 leave it off. Machine code is compiled with it all the same, since the program is a third shorter and
   compiling it takes seven minutes and more on two cores as it is.
-- **Batch norm over groups of 64** spans devices where one holds fewer images than that. H4 at 16 images a device then makes
-  201 all-reduces a step in place of 53 with `model.bn_group_size=16`, for 41.8 MB in place of 41.3: little data, but as many
-  more waits. Memory and FLOPs are the same.
+- **Batch norm over groups of 64** spans devices where one holds fewer images than that: every norm then makes all-reduces.
+  `h4` makes 133 a step, of 41.8 MB together, with 32 images on a device (v5e), and 3 of 41.3 MB with 64 (v4), where groups
+  lie within: little more data, but as many more waits. Memory and FLOPs are the same. `model.bn_group_size=32` avoids it.
 - **v3**: a device is a core, of which a chip has two; v3-128 are 64 chips. **v4** is compiled as it runs by default, two
   cores as one device; v4-128 and v5p-128 are 64 chips. v5e-128 and v6e-128 are 128 chips.
 - `h4_base128…` are compiled with 1,000 classes. Their own recipe is 90 epochs of ImageNet-21k, halonet50's and resnet50's is
