@@ -165,14 +165,16 @@ class Checkpointer:
         """
         step = self._find(step)
         names = ("ema_params", "ema_model_state") if ema else ("params", "model_state")
-        if ema and self._manager.item_metadata(step)["state"]["ema_params"] is None:
-            raise CheckpointError(f"{self.directory}/{step} has no EMA (it was trained with ema_decay=0); leave out --ema")
         wanted = dict(zip(names, abstract))
-        self._check_shapes(step, {names[0]: abstract[0]})
         args = ocp.args.Composite(state=_restore_args(wanted, partial_restore=True), position=ocp.args.JsonRestore())
         try:
+            if ema and self._manager.item_metadata(step)["state"]["ema_params"] is None:
+                raise CheckpointError(f"{self.directory}/{step} has no EMA (it was trained with ema_decay=0); leave out --ema")
+            self._check_shapes(step, {names[0]: abstract[0]})
             restored = self._manager.restore(step, args=args)
             self._check_sums(restored["state"], restored["position"])
+        except CheckpointError:
+            raise
         except Exception as error:  # of many types, by what is damaged
             others = ", ".join(str(s) for s in sorted(self._manager.all_steps()) if s != step) or "no other"
             raise CheckpointError(
