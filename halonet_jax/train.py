@@ -192,7 +192,7 @@ def run_steps(run: Run, train_state, position) -> tuple[state.TrainState, dict |
                 if at_step == estimate_at:
                     jax.block_until_ready(metrics)
                     run.reporter.estimate(at_step)
-                stop = run.stop.requested(at_step)
+                stop = run.stop.requested()
                 if at_step % config.log_every_steps == 0 or at_step == last_step:
                     values = step_metrics.pop_means() | {"data/corrupt": num_corrupt()}
                     values |= {

@@ -284,13 +284,16 @@ def test_killed_process_ends_the_others(killed, tmp_path):
     )  # here by one process
 
 
-def test_sigterm_to_one_process_stops_all_after_the_same_step(tmp_path):
-    processes = start_processes(tmp_path, devices=1, **ENDLESS)
-    until(processes[0], "step 50/")
+@pytest.mark.parametrize("moment", ["parameters", "step 50/"])
+def test_sigterm_to_one_process_stops_all_after_the_same_step(moment, workdir):
+    processes = start_processes(workdir, devices=1, **ENDLESS)
+    until(processes[0], moment)
     processes[1].terminate()
     done = wait_for(processes)
     assert [process.returncode for process in done] == [75, 75], done
-    assert f"SIGTERM: saved step {max(checkpoints(tmp_path))} after" in done[0].stdout
+    step = max(checkpoints(workdir))
+    assert f"SIGTERM: saved step {step} after" in done[0].stdout
+    assert step > 50 if moment == "step 50/" else step < 50
 
 
 def test_hung_process_is_noticed(tmp_path):

@@ -223,6 +223,8 @@ class Checkpointer:
     def _writing(self):
         try:
             yield
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is lost, without which none can save
         except Exception as error:  # of many types, by what is in the way
             steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
             last = f"The last good one is {self.directory}/{steps[-1]}" if steps else "There is none before it"

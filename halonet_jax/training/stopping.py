@@ -48,7 +48,7 @@ class StopRequest:
     """
 
     def __enter__(self):
-        self.signal = None
+        self.signal, self._calls = None, 0
         self._alone = jax.process_count() == 1
         # The service has a SIGTERM handler of its own, which one of ours would replace.
         numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
@@ -65,11 +65,14 @@ class StopRequest:
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def requested(self, step: int) -> bool:
-        """Whether to save and stop after `step`; all processes agree. To be called at every step, by all of them."""
+    def requested(self) -> bool:
+        """Whether to save and stop after this step; all processes agree. To be called at every step, by all of them."""
         if self._alone:
             return self.signal is not None
-        if not multihost_utils.reached_preemption_sync_point(step):
+        # Not the step's own number: the service lets all stop at the call after the highest number that it has seen, which
+        # for a signal before the first call is 1, and a resumed run would never come to.
+        self._calls += 1
+        if not multihost_utils.reached_preemption_sync_point(self._calls):
             return False
         self.signal = self.signal or "SIGTERM"
         return True
