@@ -52,7 +52,7 @@ def imagenet() -> ml_collections.ConfigDict:
     m.window = "neighborhood"  # "neighborhood" (the paper) or "centered" (SASA)
     m.attention_impl = "blocked"  # "blocked" or "reference"
     m.remat = False  # recompute each block's activations in the backward pass
-    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile
+    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more memory (docs/tpu_sizing.md)
     # None: as the named variant has it (models/variants.py says what each means).
     m.block_size = placeholder(int)
     m.halo_size = placeholder(int)
