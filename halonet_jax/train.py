@@ -100,6 +100,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
     with distributed.together("opening the data"):
         train_source = data.open_source(config.data, config.data.train_split)
         eval_source = data.open_source(config.data, config.data.eval_split)
+        data.randaugment.check_ops(config.data.randaugment_ops)
     distributed.check_same("data set", f"{len(train_source)} {len(eval_source)} {train_source.class_names}")
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
