@@ -150,7 +150,7 @@ def one_run(command, layout, workdir, rng, kills, duration, moves):
         run = Run(command, workdir, *here)
         try:
             kill = disturb(run, rng, duration) if len(done) < kills else None
-            late = run.wait(180 if kill else PATIENCE)
+            late = run.wait(PATIENCE)
         finally:
             run.wait(0)
         codes, text = [process.returncode for process in run.processes], run.output()
