@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `bench`."""
 
 import re
 from pathlib import Path
@@ -44,5 +44,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/compile_for_tpu.py on a machine without a TPU
+        "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
     },
 )

@@ -9,6 +9,7 @@ import pytest
 
 from halonet_jax import config as config_lib
 from halonet_jax import data, models
+from halonet_jax.analysis import floors
 from halonet_jax.tasks import classification
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -29,6 +30,7 @@ def test_recipe(name):
     config = load(name)
     config_lib.validate(config, device_count=1 if name == "digits" else 512)
     assert config_lib.differences(config, config_lib.from_json(config_lib.to_json(config))) == []
+    assert floors.IMAGE_SIZES.get(name, config.data.image_size) == config.data.image_size
     assert f"configs/{name}.py" in (Path(__file__).parent.parent / "configs" / f"{name}.py").read_text()
 
 
