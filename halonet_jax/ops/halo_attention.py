@@ -2,9 +2,9 @@
 
 import jax
 
-from halonet_jax.ops import blocked, reference
+from halonet_jax.ops import blocked, cpu, reference
 
-IMPLEMENTATIONS = {"blocked": blocked.attend, "reference": reference.attend}
+IMPLEMENTATIONS = {"blocked": blocked.attend, "cpu": cpu.attend, "reference": reference.attend}
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
