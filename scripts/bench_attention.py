@@ -5,7 +5,7 @@
     python scripts/bench_attention.py --floors=v5e,H100 --layers=h1s1,h1s3   # no timing: the least time it can take
 
 A layer is projections to queries, keys and values, and attention; `h4s1` is that of H4's first stage. Peers (`pip install
--e '.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of our default implementation:
+-e '.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of ours (`--implementation`):
 the median of the ratios in each round. What differs between contestants:
 
 - timm's layer does not mask the padding and has relative tables of full width; lucidrains' has those, too, masks, has values
@@ -31,18 +31,23 @@ _LAYERS = flags.DEFINE_list("layers", ["h1s1", "h1s3", "h4s1"], "Layers: a model
 _BATCH = flags.DEFINE_integer("batch", 4, "Images.", lower_bound=1)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds, in each of which every case runs once; slow cases run three times.", 1)
-_CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside our default; empty: all of them.")
+_CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside ours; empty: all of them.")
 _OPERATOR = flags.DEFINE_bool("operator", False, "Also time our operators alone, without projections, against the floors.")
 _FLOORS = flags.DEFINE_list("floors", [], f"Print the layers' floors on devices, and end. Known: {', '.join(floors.RATES)}.")
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
+_OURS = flags.DEFINE_enum(
+    "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
+)
 _SIZE = flags.DEFINE_integer("map_size", 0, "Pixels a side of the maps instead of the models'; 0: theirs.", lower_bound=0)
 
-DEFAULT = models.HaloAttention.implementation
-OURS = f"halonet_jax {DEFAULT}"
 DIRECTIONS = ("forward", "forward + backward")
 
 
-def make_module(layer, implementation=DEFAULT, window=None):
+def ours():
+    return f"halonet_jax {_OURS.value}"
+
+
+def make_module(layer, implementation, window=None):
     """Our layer; with `window`, its per-pixel relative."""
     b, h = (layer.block_size, layer.halo_size) if window is None else (1, window // 2)
     return models.HaloAttention(
@@ -162,9 +167,11 @@ def layer_cases(layer, direction):
     """All contestants, ours first."""
     window = (layer.block_size + 2 * layer.halo_size) // 2 * 2 - 1
     window = max(window, 1)
-    cases = [layer_case(OURS, layer, direction)]
+    cases = [layer_case(ours(), layer, direction, implementation=_OURS.value)]
     cases += [
-        layer_case(f"halonet_jax {name}", layer, direction, implementation=name) for name in IMPLEMENTATIONS if name != DEFAULT
+        layer_case(f"halonet_jax {name}", layer, direction, implementation=name)
+        for name in IMPLEMENTATIONS
+        if name != _OURS.value
     ]
     cases += [
         layer_case(f"per-pixel windows of {window}², JAX", layer, direction, implementation="reference", window=window),
@@ -174,7 +181,9 @@ def layer_cases(layer, direction):
         torch_case("lucidrains halonet-pytorch, compiled", lucidrains_layer, layer, direction, compiled=True),
         torch_case("PyTorch flex_attention", flex_layer, layer, direction),
     ]
-    return [case for case in cases if case.name == OURS or not _CASES.value or any(part in case.name for part in _CASES.value)]
+    return [
+        case for case in cases if case.name == ours() or not _CASES.value or any(part in case.name for part in _CASES.value)
+    ]
 
 
 def operator_cases(layer, direction):
@@ -185,7 +194,7 @@ def operator_cases(layer, direction):
     shapes = [(*shape, channels)] * 2 + [(*shape, n.value_channels // n.heads)]
     arrays = [jnp.asarray(rng.standard_normal(s), _DTYPE.value) for s in shapes]
     arrays += [jnp.asarray(rng.standard_normal((table, channels // 2)), jnp.float32)] * 2
-    names = [DEFAULT, *(name for name in IMPLEMENTATIONS if name not in (DEFAULT, "reference"))]
+    names = [_OURS.value, *(name for name in IMPLEMENTATIONS if name not in (_OURS.value, "reference"))]
     attend = functools.partial(ops.halo_attention, block_size=n.block_size, halo_size=n.halo_size)
     return [
         jax_case(f"operator {name}", functools.partial(attend, implementation=name), lambda: arrays, direction)
@@ -249,11 +258,11 @@ def main(argv):
             f"values {layer.value_channels} wide, b {layer.block_size}, h {layer.halo_size}, {_DTYPE.value}"
         )
         columns = {d: timing.measure(layer_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
-        print(timing.table(title, columns, OURS), flush=True)
-        results += timing.records(columns, OURS, benchmark="layer", layer=name, **layer._asdict(), dtype=_DTYPE.value)
+        print(timing.table(title, columns, ours()), flush=True)
+        results += timing.records(columns, ours(), benchmark="layer", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         if _OPERATOR.value:
             columns = {d: timing.measure(operator_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
-            base = f"operator {DEFAULT}"
+            base = f"operator {_OURS.value}"
             print(timing.table(f"**{name}**, operator alone", columns, base, shares(layer, columns)), flush=True)
             results += timing.records(columns, base, benchmark="operator", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         jax.clear_caches()

@@ -4,9 +4,9 @@
     python scripts/bench_model.py --batch=128 --dtype=bfloat16               # on a GPU
 
 A training step is loss with label smoothing, gradients and SGD with Nesterov momentum and weight decay on both sides, with
-float32 parameters; bfloat16 is autocast on PyTorch's. "×" is a case's time over that of our default: the median of the ratios in
-each round. timm's `halonet_h1` has ReLU where the paper and we have SiLU, zero padding where ours is masked, and 8.10 M
-parameters to our 8.08 M.
+float32 parameters; bfloat16 is autocast on PyTorch's. "×" is a case's time over that of ours (`--implementation`): the median of
+the ratios in each round. timm's `halonet_h1` has ReLU where the paper and we have SiLU, zero padding where ours is masked, and
+8.10 M parameters to our 8.08 M.
 """
 
 import bench_timing as timing
@@ -27,17 +27,18 @@ _BATCH = flags.DEFINE_integer("batch", 4, "Images.", lower_bound=1)
 _SIZE = flags.DEFINE_integer("image_size", 0, "Pixels a side; 0: the model's.", lower_bound=0)
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
 _REPEATS = flags.DEFINE_integer("repeats", 9, "Rounds, in each of which every case runs once; slow cases run three times.", 1)
-_CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside our default; empty: all of them.")
+_CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside ours; empty: all of them.")
 _STAGES = flags.DEFINE_list("stage_sizes", [], "Blocks in each of the four stages; empty: the model's.")
 _GROUP = flags.DEFINE_integer("bn_group_size", 0, "Images a batch-norm group; 0: all.", lower_bound=0)
 _SCAN = flags.DEFINE_bool("scan", False, "Scan over the equal blocks of a stage: compiles faster.")
 _REMAT = flags.DEFINE_bool("remat", False, "Recompute each block in the backward pass: takes less memory.")
+_OURS = flags.DEFINE_enum(
+    "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
+)
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
 
 CLASSES = 1000
 SMOOTHING, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.01, 0.9, 2e-5
-DEFAULT = models.HaloAttention.implementation
-OURS = f"halonet_jax {DEFAULT}"
 FORWARD, STEP = "forward", "training step"
 
 
@@ -136,10 +137,14 @@ def timm_case(direction, compiled):
 
 def cases(direction):
     """All contestants, ours first; the reference is too slow, and takes too much memory, for a whole model."""
-    names = [DEFAULT, *(name for name in IMPLEMENTATIONS if name not in (DEFAULT, "reference"))]
+    names = [_OURS.value, *(name for name in IMPLEMENTATIONS if name not in (_OURS.value, "reference"))]
     all_cases = [our_case(name, direction) for name in names]
     all_cases += [timm_case(direction, compiled=False), timm_case(direction, compiled=True)]
-    return [case for case in all_cases if case.name == OURS or not _CASES.value or any(p in case.name for p in _CASES.value)]
+    return [
+        case
+        for case in all_cases
+        if case.name == all_cases[0].name or not _CASES.value or any(p in case.name for p in _CASES.value)
+    ]
 
 
 def main(argv):
@@ -148,10 +153,11 @@ def main(argv):
     columns = {d: timing.measure(cases(d), _REPEATS.value, f"{_MODEL.value} {d}") for d in (FORWARD, STEP)}
     size = images_and_labels()[0].shape[1]
     title = f"**{_MODEL.value}**: {_BATCH.value} images of {size} px, {_DTYPE.value}"
-    print(timing.table(title, columns, OURS), flush=True)
+    ours = f"halonet_jax {_OURS.value}"
+    print(timing.table(title, columns, ours), flush=True)
     if _JSON.value:
         options = dict(model=_MODEL.value, batch=_BATCH.value, image_size=size, dtype=_DTYPE.value, scan=_SCAN.value)
-        timing.write_json(_JSON.value, timing.records(columns, OURS, benchmark="model", **options), about)
+        timing.write_json(_JSON.value, timing.records(columns, ours, benchmark="model", **options), about)
 
 
 if __name__ == "__main__":

@@ -33,79 +33,95 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     q = q.transpose(5, 1, 0, 3, 2, 4, 6)  # [N, I, B, J, Y, X, D]
 
     tables = (table.astype(q.dtype)[axis.table_index] for table, axis in ((rel_rows, rows), (rel_cols, cols)))
-    position = functools.partial(_position_logits, rows, cols, logits_scale, *tables)
-    row_logits, col_logits = _map(position, q)
-    q = q.reshape(*q.shape[:4], -1, channels)  # [N, I, B, J, Q, D]
     pad = ((0, 0), rows.pad(height), cols.pad(width), (0, 0), (0, 0))
     k, v = (jnp.pad(x, pad).transpose(3, 0, 1, 2, 4) for x in (k, v))  # [N, B, H + 2h, W + 2h, D or E]
-    out = _Attention(rows, cols, logits_scale)(q, k, v, row_logits, col_logits)
+    out = _Attention(rows, cols, logits_scale)(q, k, v, *tables)
     out = out.reshape(*out.shape[:5], rows.queries, cols.queries)
     out = out.transpose(2, 1, 5, 3, 6, 0, 4)  # [N, I, B, J, E, Y, X] -> [B, I, Y, J, X, N, E]
     return out.reshape(batch, rows.blocks * rows.queries, cols.blocks * cols.queries, heads, -1)[:, :q_height, :q_width]
 
 
-def _position_logits(rows, cols, scale, row_table, col_table, n, i, q):
-    """Scaled and masked logits of the rows and columns of each block's window, `[B, J, R, Q]` and `[B, J, S, Q]` in float32.
-
-    q `[B, J, Y, X, D]`, tables `[Y, R, D / 2 or D]` and `[X, S, D / 2 or D]`.
-    """
-    half = row_table.shape[-1]
-    row_logits = scale * _wide("bjyxd,yrd->bjryx", q[..., :half], row_table) + jnp.asarray(rows.bias)[i].T[:, :, None]
-    col_logits = scale * _wide("bjyxd,xsd->bjsyx", q[..., -half:], col_table) + cols.bias.swapaxes(1, 2)[:, :, None]
-    return tuple(x.reshape(*x.shape[:3], -1) for x in (row_logits, col_logits))
-
-
 class _Attention:
     """Softmax attention of each block to its window, with its own derivative.
 
-    q `[N, I, B, J, Q, D]`, k and v `[N, B, H + 2h, W + 2h, D or E]`, logits as of `_position_logits`, `[N, I, …]`.
-    Returns `[N, I, B, J, E, Q]`.
+    q `[N, I, B, J, Y, X, D]`, k and v `[N, B, H + 2h, W + 2h, D or E]`, tables `[Y, R, D / 2 or D]` and `[X, S, D / 2 or D]`.
+    Returns `[N, I, B, J, E, Q]`, where Q is Y * X. Windows have K = R * S keys.
     """
 
     def __init__(self, rows, cols, scale):
         self.rows, self.cols, self.scale = rows, cols, scale
 
     def __call__(self, *arrays):
-        attend = jax.custom_vjp(lambda *arrays: self.forward(*arrays)[0])
+        attend = jax.custom_vjp(self.inference)
         attend.defvjp(self.forward, self.backward)
         return attend(*arrays)
 
-    def forward(self, q, k, v, row_logits, col_logits):
-        def body(n, i, q, row_logits, col_logits):
-            logits = self.logits(self.windows(k, n, i), q, row_logits, col_logits)
+    def inference(self, q, k, v, *tables):
+        """The output alone, with logits as `[B, J, Q, K]`: XLA fuses the first product with all that leads to its maximum."""
+
+        def body(n, i, q):
+            row_logits, col_logits = (x.swapaxes(-1, -2) for x in self.position(n, i, q, tables))
+            logits = self.scale * _wide("bjqd,bjkd->bjqk", _flat(q), self.windows(k, n, i))
+            logits += (row_logits[..., None] + col_logits[..., None, :]).reshape(logits.shape)
+            # Without this, what follows is fused, too, and it all takes 1.1 to 1.3 times as long.
+            logits, largest = jax.lax.optimization_barrier((logits, logits.max(-1, keepdims=True)))
+            weights = jnp.exp(logits - largest)
+            out = _wide("bjqk,bjke->bjqe", weights.astype(v.dtype), self.windows(v, n, i))
+            return (out / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+        return _map(body, q).swapaxes(-1, -2)
+
+    def forward(self, q, k, v, *tables):
+        """The output, and what the backward pass needs."""
+
+        def body(n, i, q, *position):
+            logits = self.logits(self.windows(k, n, i), q, *position)
             largest = logits.max(2)
             weights = jnp.exp(logits - largest[:, :, None])
             total = weights.sum(2)
             out = _wide("bjek,bjkq->bjeq", _transposed(self.windows(v, n, i)), weights.astype(v.dtype))
             return (out / total[:, :, None]).astype(v.dtype), largest + jnp.log(total)
 
-        out, log_total = _map(body, q, row_logits, col_logits)
-        return out, (q, k, v, row_logits, col_logits, out, log_total)
+        # In a loop of its own: XLA would fuse it into the logits, and compute it for each of them.
+        position = _map(functools.partial(self.position, tables=tables), q)
+        out, log_total = _map(body, q, *position)
+        return out, (q, k, v, tables, position, out, log_total)
 
     def backward(self, residuals, d_out):
-        q, k, v, row_logits, col_logits, out, log_total = residuals
+        q, k, v, tables, position, out, log_total = residuals
 
         def body(n, i, q, row_logits, col_logits, d_out, log_total, delta):
             k_windows, v_windows = self.windows(k, n, i), self.windows(v, n, i)
             weights = jnp.exp(self.logits(k_windows, q, row_logits, col_logits, log_total))
-            d_weights = _wide("bjke,bjeq->bjkq", v_windows, d_out)
-            d_logits = weights * (d_weights - delta[:, :, None])
+            d_logits = weights * (_wide("bjke,bjeq->bjkq", v_windows, d_out) - delta[:, :, None])
             parts = d_logits.reshape(*d_logits.shape[:2], self.rows.keys, self.cols.keys, -1)
             d_position = parts.sum(3), parts.sum(2)
             d_logits = (self.scale * d_logits).astype(q.dtype)
             d_q = _wide("bjdk,bjkq->bjdq", _transposed(k_windows), d_logits)
-            d_k = _wide("bjkq,bjqd->bjkd", d_logits, q)
+            d_k = _wide("bjkq,bjqd->bjkd", d_logits, _flat(q))
             d_v = _wide("bjkq,bjeq->bjke", weights.astype(v.dtype), d_out)
-            return d_q, self.bands(d_k), self.bands(d_v), *d_position
+            return d_q, self.bands(d_k), self.bands(d_v), d_position
 
         delta = (d_out.astype(jnp.float32) * out).sum(-2)
-        d_q, d_k, d_v, *d_position = _map(body, q, row_logits, col_logits, d_out, log_total, delta)
+        d_q, d_k, d_v, d_position = _map(body, q, *position, d_out, log_total, delta)
+        logits_of = lambda q, *tables: _map(functools.partial(self.position, tables=tables), q)
+        d_q_position, *d_tables = jax.vjp(logits_of, q, *tables)[1](d_position)
+        d_q = d_q.swapaxes(-1, -2).reshape(q.shape).astype(q.dtype) + d_q_position
         d_k, d_v = (self.rows_added(d, x) for d, x in ((d_k, k), (d_v, v)))
-        return d_q.swapaxes(-1, -2).astype(q.dtype), d_k, d_v, *d_position
+        return d_q, d_k, d_v, *d_tables
+
+    def position(self, n, i, q, tables):
+        """Scaled and masked logits of the rows and columns of each window, `[B, J, R, Q]` and `[B, J, S, Q]`, float32."""
+        half = tables[0].shape[-1]
+        row_logits = self.scale * _wide("bjyxd,yrd->bjryx", q[..., :half], tables[0])
+        col_logits = self.scale * _wide("bjyxd,xsd->bjsyx", q[..., -half:], tables[1])
+        row_logits += jnp.asarray(self.rows.bias)[i].T[:, :, None]
+        col_logits += self.cols.bias.swapaxes(1, 2)[:, :, None]
+        return tuple(x.reshape(*x.shape[:3], -1) for x in (row_logits, col_logits))
 
     def logits(self, k_windows, q, row_logits, col_logits, minus=None):
         """`[B, J, K, Q]`, less `minus` `[B, J, Q]`."""
-        logits = self.scale * _wide("bjkd,bjqd->bjkq", k_windows, q)
+        logits = self.scale * _wide("bjkd,bjqd->bjkq", k_windows, _flat(q))
         parts = logits.reshape(*logits.shape[:2], self.rows.keys, self.cols.keys, -1)
         parts += row_logits[:, :, :, None] + col_logits[:, :, None]
         return (parts if minus is None else parts - minus[:, :, None, None]).reshape(logits.shape)
@@ -139,6 +155,11 @@ def _map(body, *arrays):
     flat = (x.reshape(heads * rows, *x.shape[2:]) for x in arrays)
     outs = jax.lax.map(lambda args: body(*args), (*indices, *flat))
     return jax.tree.map(lambda x: x.reshape(heads, rows, *x.shape[1:]), outs)
+
+
+def _flat(x):
+    """`[B, J, Y, X, D] -> [B, J, Q, D]`"""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _transposed(x):
