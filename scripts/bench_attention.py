@@ -34,6 +34,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds, in each of which every c
 _CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside ours; empty: all of them.")
 _OPERATOR = flags.DEFINE_bool("operator", False, "Also time our operators alone, without projections, against the floors.")
 _FLOORS = flags.DEFINE_list("floors", [], f"Print the layers' floors on devices, and end. Known: {', '.join(floors.RATES)}.")
+_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also PyTorch's compiled cases, which take minutes to prepare.")
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
 _OURS = flags.DEFINE_enum(
     "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
@@ -181,9 +182,8 @@ def layer_cases(layer, direction):
         torch_case("lucidrains halonet-pytorch, compiled", lucidrains_layer, layer, direction, compiled=True),
         torch_case("PyTorch flex_attention", flex_layer, layer, direction),
     ]
-    return [
-        case for case in cases if case.name == ours() or not _CASES.value or any(part in case.name for part in _CASES.value)
-    ]
+    cases = [case for case in cases if _COMPILE.value or "compiled" not in case.name]
+    return cases[:1] + [case for case in cases[1:] if not _CASES.value or any(part in case.name for part in _CASES.value)]
 
 
 def operator_cases(layer, direction):

@@ -35,6 +35,7 @@ _REMAT = flags.DEFINE_bool("remat", False, "Recompute each block in the backward
 _OURS = flags.DEFINE_enum(
     "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
 )
+_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also PyTorch's compiled cases, which take minutes to prepare.")
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
 
 CLASSES = 1000
@@ -139,12 +140,9 @@ def cases(direction):
     """All contestants, ours first; the reference is too slow, and takes too much memory, for a whole model."""
     names = [_OURS.value, *(name for name in IMPLEMENTATIONS if name not in (_OURS.value, "reference"))]
     all_cases = [our_case(name, direction) for name in names]
-    all_cases += [timm_case(direction, compiled=False), timm_case(direction, compiled=True)]
-    return [
-        case
-        for case in all_cases
-        if case.name == all_cases[0].name or not _CASES.value or any(p in case.name for p in _CASES.value)
-    ]
+    all_cases += [timm_case(direction, compiled) for compiled in (False, True)[: 1 + _COMPILE.value]]
+    rivals = [case for case in all_cases[1:] if not _CASES.value or any(part in case.name for part in _CASES.value)]
+    return all_cases[:1] + rivals
 
 
 def main(argv):
