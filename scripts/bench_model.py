@@ -148,14 +148,14 @@ def cases(direction):
 def main(argv):
     about = timing.machine()
     print(about, end="\n\n")
-    columns = {d: timing.measure(cases(d), _REPEATS.value, f"{_MODEL.value} {d}") for d in (FORWARD, STEP)}
-    size = images_and_labels()[0].shape[1]
-    title = f"**{_MODEL.value}**: {_BATCH.value} images of {size} px, {_DTYPE.value}"
-    ours = f"halonet_jax {_OURS.value}"
-    print(timing.table(title, columns, ours), flush=True)
-    if _JSON.value:
-        options = dict(model=_MODEL.value, batch=_BATCH.value, image_size=size, dtype=_DTYPE.value, scan=_SCAN.value)
-        timing.write_json(_JSON.value, timing.records(columns, ours, benchmark="model", **options), about)
+    size, ours = images_and_labels()[0].shape[1], f"halonet_jax {_OURS.value}"
+    options = dict(model=_MODEL.value, batch=_BATCH.value, image_size=size, dtype=_DTYPE.value, scan=_SCAN.value)
+    columns = {}
+    for direction in (FORWARD, STEP):
+        columns[direction] = timing.measure(cases(direction), _REPEATS.value, f"{_MODEL.value} {direction}")
+        if _JSON.value:
+            timing.write_json(_JSON.value, timing.records(columns, ours, benchmark="model", **options), about)
+    print(timing.table(f"**{_MODEL.value}**: {_BATCH.value} images of {size} px, {_DTYPE.value}", columns, ours), flush=True)
 
 
 if __name__ == "__main__":
