@@ -2,9 +2,9 @@
 
 import jax
 
-from halonet_jax.ops import blocked, reference
+from halonet_jax.ops import blocked, pallas_gpu, reference
 
-IMPLEMENTATIONS = {"blocked": blocked.attend, "reference": reference.attend}
+IMPLEMENTATIONS = {"blocked": blocked.attend, "pallas_gpu": pallas_gpu.attend, "reference": reference.attend}
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 

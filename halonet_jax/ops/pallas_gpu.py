@@ -1,0 +1,203 @@
+"""Halo attention fused for GPU: what surrounds the kernels of `pallas_gpu_kernels`.
+
+Queries, keys and values stay as they lie. The product of queries and relative tables is left to XLA, one matrix product whose
+gradients are two more: the kernels read and write `2 (2b + 2h - 1)` numbers per query, and need no sums over queries. For the
+backward pass the operator's inputs and output and the log-sum-exp of each query are kept; all else is computed again.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from halonet_jax.ops import pallas_gpu_kernels as kernels
+from halonet_jax.ops.pallas_gpu_kernels import Axis, Plan, Tiles
+from halonet_jax.ops.per_device import per_device
+
+MAX_CHANNELS = 256  # of queries or values: what a program can hold
+
+
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+    """See `halo_attention` for the contract. Off NVIDIA's GPUs, the kernels are interpreted: right, and slow.
+
+    Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than bfloat16.
+
+    Raises:
+        ValueError: for what `unsupported` gives a reason against.
+    """
+    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    reason = unsupported(q, k, v, **options)
+    if reason:
+        raise ValueError(f'implementation="pallas_gpu" cannot do this: {reason}; use "blocked"')
+    if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
+        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q.astype(k.dtype))
+        out = attend(dense, k, v, rel_rows, rel_cols, **dict(options, stride=1), logits_scale=logits_scale)
+        return out[:, ::stride, ::stride]
+    plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
+    beside = plan.channels - rel_rows.shape[1]  # channels that the other table has
+    tables = jnp.concatenate([jnp.pad(rel_rows, ((0, 0), (0, beside))), jnp.pad(rel_cols, ((0, 0), (beside, 0)))])  # [2T, D]
+    q, k, v, tables = (x.astype(plan.dtype) for x in (q, k, v, tables))
+    out = _attend(plan, *(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v)), tables)
+    return out.reshape(*q.shape[:4], -1).astype(v.dtype)
+
+
+def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
+    """Why the kernels cannot attend like this, or None where they can.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
+    """
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dtype not in (jnp.float32, jnp.bfloat16):
+            return f"{name} is {x.dtype}, not float32 or bfloat16"
+        if x.shape[-1] > MAX_CHANNELS:
+            return f"{name} has {x.shape[-1]} channels per head, more than {MAX_CHANNELS}"
+    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in k.shape[1:3])
+    if rows.keys + cols.keys > 256:
+        return f"windows of {rows.keys} x {cols.keys} keys have more than 256 rows and columns"
+    return None
+
+
+def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:
+    """Chooses how the work is cut."""
+    height, width, heads, channels = k.shape[1:]
+    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in (height, width))
+    dtype = jnp.result_type(q.dtype, k.dtype, v.dtype)
+    forward, dq, dkv, patch = _tiles(rows, cols, channels, v.shape[-1], dtype.itemsize)
+    return Plan(
+        rows=rows, cols=cols, stride=stride, heads=heads, channels=channels, values=v.shape[-1],
+        offsets=2 * block_size + 2 * halo_size - 1, center=block_size - 1 + halo_size, reach=halo_size if centered else None,
+        masked=masked, scale=float(logits_scale), dtype=dtype.name, forward=forward, dq=dq, dkv=dkv, patch=patch,
+    )  # fmt: skip
+
+
+def _axis(size, block, halo, stride, masked):
+    outputs = pl.cdiv(size, stride)
+    if masked and block >= size:  # Blocks that exceed the map shrink to it, since masked keys change nothing.
+        block, halo = outputs * stride, 0
+    return Axis(size, pl.cdiv(size, block), block, halo, pl.cdiv(block, stride), outputs)
+
+
+# Speed only. Products and tiles want at least 16 on each side, and powers of two.
+
+
+def _tiles(rows, cols, channels, values, itemsize):
+    """`Tiles` of the three kernels, and the patch of keys. Small tiles fit blocks better; large ones keep tensor cores busy."""
+    channels, values = pl.next_power_of_2(channels), pl.next_power_of_2(values)
+    held = (channels + values) * itemsize  # bytes per pixel
+    queries = rows.queries * cols.queries
+    largest = 64 if held > 320 else 128
+    tile = min(
+        (n for n in (16, 32, 64, 128) if n <= largest), key=lambda n: pl.cdiv(queries, n) * n * (1 + 32 / n)
+    )  # fmt: skip
+    keys = 64 if held <= 320 else 32
+    warps = max(1, min(8, tile // 16 * (2 if values > 64 else 1)))
+    stages = 2 if held <= 640 else 1
+    patch = _patch(rows, cols, largest=keys)
+    backward_queries = min(tile, 64 if held <= 320 else 32)
+    backward_warps = max(1, min(8, backward_queries // 16 * (2 if values > 64 else 1)))
+    patch_keys = patch[0] * patch[1]
+    patch_warps = max(1, min(8, patch_keys // 16 * (2 if values > 64 else 1)))
+    return (
+        Tiles(tile, keys, warps, stages),
+        Tiles(backward_queries, keys, backward_warps, stages),
+        Tiles(backward_queries, patch_keys, patch_warps, stages),
+        patch,
+    )
+
+
+def _patch(rows, cols, largest):
+    """Rows and columns of keys whose windows' queries are met with the least waste."""
+
+    def blocks_seeing(axis, patch):  # on average, far from the border
+        starts = range(axis.block - axis.halo, axis.block - axis.halo + patch * axis.block, patch)
+        return sum((s + patch - 1 + axis.halo) // axis.block - (s - axis.halo) // axis.block + 1 for s in starts) / len(starts)
+
+    def cost(patch):
+        size = patch[0] * patch[1]
+        return blocks_seeing(rows, patch[0]) * blocks_seeing(cols, patch[1]) * (1 + 16 / size)
+
+    sizes = [(y, x) for y in (2, 4, 8, 16) for x in (2, 4, 8, 16) if 16 <= y * x <= largest]
+    return min(sizes, key=cost)
+
+
+# The operator on `[B, pixels, N, D]`, and its gradient.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q, k, v, tables):
+    return _attend_forward(plan, q, k, v, tables)[0]
+
+
+def _attend_forward(plan, q, k, v, tables):
+    out, lse = per_device(functools.partial(_run_forward, plan), (q, k, v, _position(q, tables)), 2, "cuda")
+    return out, (q, k, v, tables, out, lse)
+
+
+def _attend_backward(plan, kept, dout):
+    q, k, v, tables, out, lse = kept
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
+    arrays = q, k, v, _position(q, tables), lse, delta, dout
+    dq, dk, dv, dposition = per_device(functools.partial(_run_backward, plan), arrays, 4, "cuda")
+    product = functools.partial(jnp.einsum, precision=_precision(q), preferred_element_type=jnp.float32)
+    dq = (dq + product("bpnt,td->bpnd", dposition, tables)).astype(q.dtype)
+    return dq, dk, dv, product("bpnt,bpnd->td", dposition, q).astype(tables.dtype)
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _position(q, tables):
+    """Logits of each query for each row and each column offset, `[B, pixels, N, 2T]`, in float32."""
+    return jnp.einsum("bpnd,td->bpnt", q, tables, precision=_precision(q), preferred_element_type=jnp.float32)
+
+
+def _precision(x):
+    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+
+
+def _run_forward(plan, interpret, q, k, v, position):
+    out = jax.ShapeDtypeStruct((*q.shape[:3], plan.values), q.dtype)
+    lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret,
+                 (q, k, v, position), (out, lse))  # fmt: skip
+
+
+def _run_backward(plan, interpret, q, k, v, position, lse, delta, dout):
+    arrays = q, k, v, position, lse, delta, dout
+    like = lambda *arrays: tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
+    dq, dposition = _call(
+        plan, kernels.dq_kernel, plan.dq, _query_programs(plan, plan.dq), interpret, arrays, like(q, position)
+    )  # fmt: skip
+    patches = plan.patches[0] * plan.patches[1]
+    dk, dv = _call(plan, kernels.dkv_kernel, plan.dkv, patches, interpret, arrays, like(k, v))
+    return dq, dk, dv, dposition
+
+
+def _query_programs(plan, tiles):
+    return plan.rows.blocks * plan.cols.blocks * pl.cdiv(plan.rows.queries * plan.cols.queries, tiles.queries)
+
+
+def _call(plan, kernel, tiles, programs, interpret, arrays, results):
+    # Heads first: those that run at once then share cache lines.
+    specs = [
+        [pl.BlockSpec((None, x.shape[1], None, *x.shape[3:]), functools.partial(_whole_map, x.ndim)) for x in group]
+        for group in (arrays, results)
+    ]  # fmt: skip
+    return pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid=(plan.heads, programs, arrays[0].shape[0]),
+        in_specs=specs[0],
+        out_specs=specs[1],
+        out_shape=results,
+        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        interpret=interpret,
+        name=f"halo_attention_{kernel.__name__}",
+    )(*arrays)
+
+
+def _whole_map(rank, head, _, image):
+    """Index of one image's and head's pixels."""
+    return (image, 0, head, 0)[:rank]
