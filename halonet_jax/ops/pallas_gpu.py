@@ -161,18 +161,22 @@ def _precision(x):
 def _run_forward(plan, interpret, q, k, v, position):
     out = jax.ShapeDtypeStruct((*q.shape[:3], plan.values), q.dtype)
     lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
-    return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret,
-                 (q, k, v, position), (out, lse))  # fmt: skip
+    arrays = q, k, v, kernels.codes(plan), position
+    return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret, arrays, (out, lse))
 
 
 def _run_backward(plan, interpret, q, k, v, position, lse, delta, dout):
-    arrays = q, k, v, position, lse, delta, dout
+    codes = kernels.codes(plan)
     like = lambda *arrays: tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
-    dq, dposition = _call(
-        plan, kernels.dq_kernel, plan.dq, _query_programs(plan, plan.dq), interpret, arrays, like(q, position)
+    parts = (jax.ShapeDtypeStruct((*q.shape[:3], plan.codes), q.dtype),) * plan.parts
+    dq, dposition, *parts = _call(
+        plan, kernels.dq_kernel, plan.dq, _query_programs(plan, plan.dq), interpret,
+        (q, k, v, codes, position, lse, delta, dout), (*like(q, position), *parts),
     )  # fmt: skip
-    patches = plan.patches[0] * plan.patches[1]
-    dk, dv = _call(plan, kernels.dkv_kernel, plan.dkv, patches, interpret, arrays, like(k, v))
+    dk, dv = _call(
+        plan, kernels.dkv_kernel, plan.dkv, plan.patches[0] * plan.patches[1], interpret,
+        (q, k, v, codes, lse, delta, dout, *parts), like(k, v),
+    )  # fmt: skip
     return dq, dk, dv, dposition
 
 
@@ -181,16 +185,11 @@ def _query_programs(plan, tiles):
 
 
 def _call(plan, kernel, tiles, programs, interpret, arrays, results):
-    # Heads first: those that run at once then share cache lines.
-    specs = [
-        [pl.BlockSpec((None, x.shape[1], None, *x.shape[3:]), functools.partial(_whole_map, x.ndim)) for x in group]
-        for group in (arrays, results)
-    ]  # fmt: skip
     return pl.pallas_call(
         functools.partial(kernel, plan),
-        grid=(plan.heads, programs, arrays[0].shape[0]),
-        in_specs=specs[0],
-        out_specs=specs[1],
+        grid=(plan.heads, programs, arrays[0].shape[0]),  # heads first: those that run at once then share cache lines
+        in_specs=[_spec(x) for x in arrays],
+        out_specs=[_spec(x) for x in results],
         out_shape=results,
         compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
@@ -198,6 +197,10 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
     )(*arrays)
 
 
-def _whole_map(rank, head, _, image):
-    """Index of one image's and head's pixels."""
-    return (image, 0, head, 0)[:rank]
+def _spec(x):
+    """One image's and head's pixels of `[B, pixels, N, ...]`; all of the codes."""
+    if x.ndim == 2:
+        return pl.BlockSpec(x.shape, lambda head, program, image: (0, 0))
+    return pl.BlockSpec(
+        (None, x.shape[1], None, *x.shape[3:]), lambda head, program, image: (image, 0, head, 0)[: x.ndim]
+    )  # fmt: skip

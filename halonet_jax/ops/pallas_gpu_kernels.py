@@ -6,7 +6,8 @@ windows meet in one program's registers, always in the same order. Pixels are re
 
 Logits of the position come in as `[pixels, 2T]` (`T` offsets of rows, then of columns): the product of each query and each
 entry of the relative tables. A program reads those that its window needs, `[Q, C]`: one for each row and each column of the
-window. The product with one-hot codes `[C, K]` of the keys' rows and columns spreads them over the keys on the tensor cores.
+window, a large negative number for those that are masked. The product with the keys' one-hot codes of row and column, `[K, C]`,
+spreads them over the keys on the tensor cores, which leaves little to do for each logit.
 """
 
 import math
@@ -17,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-MASKED = -1e30  # finite, so that a tile of masked keys alone gives no NaN; the next unmasked one makes it weigh nothing
 LOG2_E = math.log2(math.e)
 
 
@@ -44,6 +44,12 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
 
+    def window_steps(self, plan):
+        return pl.cdiv(plan.rows.keys * plan.cols.keys, self.keys)
+
+    def ragged(self, plan):
+        return plan.rows.keys * plan.cols.keys % self.keys != 0
+
 
 class Plan(NamedTuple):
     """All that the kernels know at compile time."""
@@ -67,7 +73,26 @@ class Plan(NamedTuple):
 
     @property
     def codes(self):
+        """C. What the rows and columns of a window leave free hides keys outside of the window."""
         return pl.next_power_of_2(self.rows.keys + self.cols.keys)
+
+    @property
+    def spare_code(self):
+        return self.codes > self.rows.keys + self.cols.keys
+
+    @property
+    def parts(self):
+        """How many arrays of `dtype` the position logits are split into, to keep float32's bits or twice those of bfloat16."""
+        return 1 if self.dtype == "float32" else 2
+
+    @property
+    def base2_scale(self):
+        return self.scale * LOG2_E
+
+    @property
+    def masked_logit(self):
+        """About -2^30 once scaled. Powers of two round nowhere; rounding of larger ones would not pass for a small difference."""
+        return -(2.0 ** (30 - math.ceil(math.log2(self.base2_scale))))
 
     @property
     def patches(self):
@@ -75,63 +100,74 @@ class Plan(NamedTuple):
         return tuple(pl.cdiv(axis.size + axis.halo % patch, patch) for axis, patch in zip((self.rows, self.cols), self.patch))
 
 
-def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, position_ref, out_ref, lse_ref):
+def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, out_ref, lse_ref):
     """Attends from a tile of queries to its window; keeps the base-2 log-sum-exp of the scaled logits."""
     tiles = plan.forward
     i, j, y, x, pixels, inside = _queries_of_program(plan, tiles)
     q = _load(q_ref, pixels, inside)
-    position = _split(_load_position(plan, position_ref, y, x, pixels, inside), q.dtype)
+    position = _split(plan, _load_position(plan, position_ref, i, j, y, x, pixels, inside))
 
     def step(n, carry):
         out, total, top = carry
-        r, s, key_pixels, on_map, seen = _window_keys(plan, tiles, i, j, n)
-        k, v = (_load(ref, key_pixels, on_map) for ref in (k_ref, v_ref))
-        logits = sum((_dot(part, _codes(plan, r, s, q.dtype), 1, 0) for part in position), _dot(q, k, 1, 1))
-        logits = _scale(plan, logits, y[:, None], x[:, None], r[None], s[None], seen[None])
-        new_top = jnp.maximum(top, logits.max(1))
-        weights = jnp.exp2(logits - new_top[:, None])
+        key_pixels, on_map, in_window, code = _window_keys(plan, tiles, i, j, n)
+        k, v, codes = _load(k_ref, key_pixels, on_map), _load(v_ref, key_pixels, on_map), _load(codes_ref, code)
+        logits = sum((_dot(part, codes, 1, 1) for part in position), _dot(q, k, 1, 1))
+        if tiles.ragged(plan):
+            logits = _hide(plan, logits, in_window[None])
+        new_top = jnp.maximum(top, logits.max(1) * plan.base2_scale)
+        weights = jnp.exp2(logits * plan.base2_scale - new_top[:, None])
         shrink = jnp.exp2(top - new_top)
         out = out * shrink[:, None] + _dot(weights.astype(v.dtype), v, 1, 0)
         return out, total * shrink + weights.sum(1), new_top
 
     out = jnp.zeros((tiles.queries, pl.next_power_of_2(plan.values)), jnp.float32)
     zeros = jnp.zeros(tiles.queries, jnp.float32)
-    out, total, top = lax.fori_loop(0, _window_steps(plan, tiles), step, (out, zeros, zeros + MASKED))
+    # The sum of two masked logits is the least there is.
+    carry = out, zeros, zeros + 2 * plan.masked_logit * plan.base2_scale
+    out, total, top = lax.fori_loop(0, tiles.window_steps(plan), step, carry)
     _store(out_ref, pixels, inside, out / total[:, None])
     plgpu.store(lse_ref.at[pixels], top + jnp.log2(total), mask=inside)
 
 
-def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, position_ref, lse_ref, delta_ref, dout_ref, dq_ref, dposition_ref):
-    """Gradients of a tile of queries, without what comes through the position logits, and of its position logits."""
+def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref, delta_ref, dout_ref, *out_refs):
+    """Gradients of a tile of queries, without what comes through the position logits, and of its position logits.
+
+    Also stores the position logits of the window, split into parts, for `dkv_kernel`.
+    """
+    dq_ref, dposition_ref, *part_refs = out_refs
     tiles = plan.dq
     i, j, y, x, pixels, inside = _queries_of_program(plan, tiles)
     q, dout = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref))
     lse, delta = (plgpu.load(ref.at[pixels], mask=inside, other=0.0) for ref in (lse_ref, delta_ref))
-    position = _split(_load_position(plan, position_ref, y, x, pixels, inside), q.dtype)
+    position = _split(plan, _load_position(plan, position_ref, i, j, y, x, pixels, inside))
+    for ref, part in zip(part_refs, position):
+        _store(ref, pixels, inside, part)
 
     def step(n, carry):
         dq, dposition = carry
-        r, s, key_pixels, on_map, seen = _window_keys(plan, tiles, i, j, n)
-        k, v = (_load(ref, key_pixels, on_map) for ref in (k_ref, v_ref))
-        codes = _codes(plan, r, s, q.dtype)
-        logits = sum((_dot(part, codes, 1, 0) for part in position), _dot(q, k, 1, 1))
-        weights = jnp.exp2(_scale(plan, logits, y[:, None], x[:, None], r[None], s[None], seen[None]) - lse[:, None])
+        key_pixels, on_map, in_window, code = _window_keys(plan, tiles, i, j, n)
+        k, v, codes = _load(k_ref, key_pixels, on_map), _load(v_ref, key_pixels, on_map), _load(codes_ref, code)
+        logits = sum((_dot(part, codes, 1, 1) for part in position), _dot(q, k, 1, 1))
+        if tiles.ragged(plan):
+            logits = _hide(plan, logits, in_window[None])
+        weights = jnp.exp2(logits * plan.base2_scale - lse[:, None])
         dlogits = (weights * (_dot(dout, v, 1, 1) - delta[:, None])).astype(q.dtype)
-        return dq + _dot(dlogits, k, 1, 0), dposition + _dot(dlogits, codes, 1, 1)
+        return dq + _dot(dlogits, k, 1, 0), dposition + _dot(dlogits, codes, 1, 0)
 
     dq = jnp.zeros((tiles.queries, pl.next_power_of_2(plan.channels)), jnp.float32)
     dposition = jnp.zeros((tiles.queries, plan.codes), jnp.float32)
-    dq, dposition = lax.fori_loop(0, _window_steps(plan, tiles), step, (dq, dposition))
+    dq, dposition = lax.fori_loop(0, tiles.window_steps(plan), step, (dq, dposition))
     _store(dq_ref, pixels, inside, dq * plan.scale)
     _store_position(plan, dposition_ref, y, x, pixels, inside, dposition * plan.scale)
 
 
-def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, position_ref, lse_ref, delta_ref, dout_ref, dk_ref, dv_ref):
+def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, lse_ref, delta_ref, dout_ref, *rest):
     """Gradients of a patch of keys and values. Logits stand transposed, `[K, Q]`, as the products with them need them."""
+    *part_refs, dk_ref, dv_ref = rest
     tiles = plan.dkv
     patch_row, patch_col = _divmod(pl.program_id(1), plan.patches[1])
-    top, left = (n * patch - axis.halo % patch for n, patch, axis in
-                 zip((patch_row, patch_col), plan.patch, (plan.rows, plan.cols)))  # fmt: skip
+    top = patch_row * plan.patch[0] - plan.rows.halo % plan.patch[0]
+    left = patch_col * plan.patch[1] - plan.cols.halo % plan.patch[1]
     row, col = _divmod(jnp.arange(tiles.keys, dtype=jnp.int32), plan.patch[1])
     row, col = row + top, col + left
     key_pixels, on_map = _pixels(row, col, plan.rows.size, plan.cols.size)
@@ -146,15 +182,15 @@ def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, position_ref, lse_ref, delta_ref
         block, tile = _divmod(n, steps)
         i, j = _divmod(block, count_j)
         i, j = i + first_i, j + first_j
-        y, x, pixels, inside = _queries(plan, tiles, i, j, tile)
-        q, dout = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref))
+        _, _, pixels, inside = _queries(plan, tiles, i, j, tile)
+        q, dout, *parts = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref, *part_refs))
         lse, delta = (plgpu.load(ref.at[pixels], mask=inside, other=0.0) for ref in (lse_ref, delta_ref))
         r, s = row - (i * plan.rows.block - plan.rows.halo), col - (j * plan.cols.block - plan.cols.halo)
-        seen = on_map & (r >= 0) & (r < plan.rows.keys) & (s >= 0) & (s < plan.cols.keys)
-        codes = _codes(plan, r, s, q.dtype)
-        position = _split(_load_position(plan, position_ref, y, x, pixels, inside), q.dtype)
-        logits = sum((_dot(codes, part, 0, 1) for part in position), _dot(k, q, 1, 1))
-        weights = jnp.exp2(_scale(plan, logits, y[None], x[None], r[:, None], s[:, None], seen[:, None]) - lse[None])
+        codes = _load(codes_ref, _code(plan, r, s))
+        logits = sum((_dot(codes, part, 1, 1) for part in parts), _dot(k, q, 1, 1))
+        in_window = (r >= 0) & (r < plan.rows.keys) & (s >= 0) & (s < plan.cols.keys)
+        logits = _hide(plan, logits, in_window[:, None])
+        weights = jnp.exp2(logits * plan.base2_scale - lse[None])
         dlogits = (weights * (_dot(v, dout, 1, 1) - delta[None])).astype(q.dtype)
         return dk + _dot(dlogits, q, 1, 0), dv + _dot(weights.astype(q.dtype), dout, 1, 0)
 
@@ -162,6 +198,21 @@ def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, position_ref, lse_ref, delta_ref
     dk, dv = lax.fori_loop(0, count_i * count_j * steps, step, tuple(zeros))
     _store(dk_ref, key_pixels, on_map, dk * plan.scale)
     _store(dv_ref, key_pixels, on_map, dv)
+
+
+def codes(plan: Plan):
+    """One-hot codes of the keys in a window and a patch around it, `[keys, C]`: of row, then of column.
+
+    Keys outside of the window have the first spare code, or none.
+    """
+    r, s, code = (
+        lax.broadcasted_iota(jnp.int32, (plan.rows.keys + 2 * plan.patch[0], plan.cols.keys + 2 * plan.patch[1], plan.codes), n)
+        for n in range(3)
+    )
+    r, s = r - plan.patch[0], s - plan.patch[1]
+    in_window = (r >= 0) & (r < plan.rows.keys) & (s >= 0) & (s < plan.cols.keys)
+    hit = jnp.where(in_window, (code == r) | (code == s + plan.rows.keys), code == plan.rows.keys + plan.cols.keys)
+    return hit.astype(plan.dtype).reshape(-1, plan.codes)
 
 
 # Where things are. Indices are int32 vectors: over queries y and x, a query's pixel of the block (at full resolution); over keys
@@ -177,16 +228,11 @@ def _queries_of_program(plan, tiles):
 def _queries(plan, tiles, i, j, tile):
     flat = tile * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
     y, x = _divmod(flat, plan.cols.queries)
-    pixels, inside = _pixels(
-        i * plan.rows.queries + y, j * plan.cols.queries + x, plan.rows.outputs, plan.cols.outputs
-    )  # fmt: skip
+    row, col = i * plan.rows.queries + y, j * plan.cols.queries + x
+    pixels, inside = _pixels(row, col, plan.rows.outputs, plan.cols.outputs)
     inside &= y < plan.rows.queries
     # Others lie beyond the map's end in memory: where kernels are interpreted, a masked store must not hit another's pixel.
     return y * plan.stride, x * plan.stride, jnp.where(inside, pixels, plan.rows.outputs * plan.cols.outputs), inside
-
-
-def _window_steps(plan, tiles):
-    return pl.cdiv(plan.rows.keys * plan.cols.keys, tiles.keys)
 
 
 def _window_keys(plan, tiles, i, j, n):
@@ -194,8 +240,11 @@ def _window_keys(plan, tiles, i, j, n):
     row, col = i * plan.rows.block - plan.rows.halo + r, j * plan.cols.block - plan.cols.halo + s
     pixels, on_map = _pixels(row, col, plan.rows.size, plan.cols.size)
     in_window = r < plan.rows.keys
-    on_map &= in_window
-    return r, s, pixels, on_map, on_map if plan.masked else in_window
+    return pixels, on_map & in_window, in_window, jnp.where(in_window, _code(plan, r, s), 0)
+
+
+def _code(plan, r, s):
+    return (r + plan.patch[0]) * (plan.cols.keys + 2 * plan.patch[1]) + s + plan.patch[1]
 
 
 def _pixels(row, col, height, width):
@@ -205,16 +254,9 @@ def _pixels(row, col, height, width):
 
 def _blocks_seeing(axis, start, patch):
     """The first block whose window has one of the keys from `start` on, and how many blocks' have."""
-    first = lax.div(jnp.maximum(start - axis.halo, 0), jnp.int32(axis.block))
-    last = jnp.minimum(lax.div(start + (patch - 1 + axis.halo), jnp.int32(axis.block)), axis.blocks - 1)
-    return first, last - first + 1
-
-
-def _scale(plan, logits, y, x, r, s, seen):
-    """Logits to the base 2, scaled, and masked where pairs of the given queries and keys are."""
-    if plan.reach is not None:
-        seen = seen & (abs(r - plan.rows.halo - y) <= plan.reach) & (abs(s - plan.cols.halo - x) <= plan.reach)
-    return jnp.where(seen, logits * (plan.scale * LOG2_E), MASKED)
+    first, _ = _divmod(jnp.maximum(start - axis.halo, 0), axis.block)
+    last, _ = _divmod(start + patch - 1 + axis.halo, axis.block)
+    return first, jnp.minimum(last, axis.blocks - 1) - first + 1
 
 
 def _divmod(a, b):
@@ -225,10 +267,10 @@ def _divmod(a, b):
 # Memory and products.
 
 
-def _load(ref, pixels, inside):
+def _load(ref, pixels, inside=None):
     """`[K]` pixels of `[H * W, D]`: `[K, D]`, D rounded up to a power of two; zeros where not inside."""
     index, mask = _grid(ref, pixels, inside)
-    return plgpu.load(ref.at[index], mask=mask, other=0.0)
+    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0.0)
 
 
 def _store(ref, pixels, inside, values):
@@ -237,56 +279,77 @@ def _store(ref, pixels, inside, values):
 
 
 def _grid(ref, pixels, inside):
-    channels = jnp.arange(pl.next_power_of_2(ref.shape[1]), dtype=jnp.int32)
+    width = ref.shape[1]
+    channels = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
     shape = len(pixels), len(channels)
-    mask = jnp.broadcast_to(inside[:, None], shape)
-    if shape[1] != ref.shape[1]:
-        mask &= (channels < ref.shape[1])[None]
+    mask = None if inside is None else jnp.broadcast_to(inside[:, None], shape)
+    if len(channels) != width:
+        mask &= (channels < width)[None]
     return (jnp.broadcast_to(pixels[:, None], shape), jnp.broadcast_to(channels[None], shape)), mask
 
 
-def _position_grid(plan, y, x, pixels, inside):
-    """Index and mask of each query's position logits for its window's rows, then columns: `[Q, C]` of `[pixels, 2T]`."""
+def _first_offsets(plan, y, x):
+    """Where the window's offsets begin among those of rows and of columns, for each query."""
+    return plan.center - plan.rows.halo - y, plan.center - plan.cols.halo - x
+
+
+def _window_offsets(plan, y, x, pixels):
+    """Index of each query's position logits for its window's rows, then columns: `[Q, C]` of `[pixels, 2T]`."""
+    code = jnp.arange(plan.codes, dtype=jnp.int32)[None]
+    first_row, first_col = (first[:, None] for first in _first_offsets(plan, y, x))
+    offset = code + jnp.where(code < plan.rows.keys, first_row, first_col + (plan.offsets - plan.rows.keys))
+    offset = jnp.where(code < plan.rows.keys + plan.cols.keys, offset, 2 * plan.offsets)
+    return jnp.broadcast_to(pixels[:, None], offset.shape), offset
+
+
+def _load_position(plan, ref, i, j, y, x, pixels, inside):
     code = jnp.arange(plan.codes, dtype=jnp.int32)
-    rows, cols = plan.rows, plan.cols
-    for_row = code < rows.keys
-    first = jnp.where(for_row, plan.center - rows.halo, plan.offsets + plan.center - cols.halo - rows.keys)
-    offset = (first + code)[None] - jnp.where(for_row[None], y[:, None], x[:, None])
-    mask = inside[:, None] & (code < rows.keys + cols.keys)[None]
-    return (jnp.broadcast_to(pixels[:, None], offset.shape), jnp.where(mask, offset, 2 * plan.offsets)), mask
-
-
-def _load_position(plan, ref, y, x, pixels, inside):
-    index, mask = _position_grid(plan, y, x, pixels, inside)
-    return plgpu.load(ref.at[index], mask=mask, other=0.0)
+    is_row, is_col = code < plan.rows.keys, (code >= plan.rows.keys) & (code < plan.rows.keys + plan.cols.keys)
+    r, s = code, code - plan.rows.keys
+    if plan.masked:
+        row, col = i * plan.rows.block - plan.rows.halo + r, j * plan.cols.block - plan.cols.halo + s
+        is_row &= (row >= 0) & (row < plan.rows.size)
+        is_col &= (col >= 0) & (col < plan.cols.size)
+    seen = inside[:, None] & (is_row | is_col)[None]
+    if plan.reach is not None:
+        distance = jnp.where(is_row[None], (r - plan.rows.halo)[None] - y[:, None], (s - plan.cols.halo)[None] - x[:, None])
+        seen &= abs(distance) <= plan.reach
+    return plgpu.load(ref.at[_window_offsets(plan, y, x, pixels)], mask=seen, other=plan.masked_logit)
 
 
 def _store_position(plan, ref, y, x, pixels, inside, dposition):
     """Stores at the offsets of the window, and zeros at the others."""
-    index, mask = _position_grid(plan, y, x, pixels, inside)
+    index = _window_offsets(plan, y, x, pixels)
+    code = jnp.arange(plan.codes, dtype=jnp.int32)
+    mask = inside[:, None] & (code < plan.rows.keys + plan.cols.keys)[None]
     plgpu.store(ref.at[index], dposition.astype(ref.dtype), mask=mask)
-    (rows, offset), mask = _grid(ref, pixels, inside)
-    for_row = offset < plan.offsets
-    r = offset - plan.center + y[:, None] + plan.rows.halo
-    s = offset - (plan.offsets + plan.center) + x[:, None] + plan.cols.halo
-    stored = (for_row & (r >= 0) & (r < plan.rows.keys)) | (~for_row & (s >= 0) & (s < plan.cols.keys))
-    mask &= ~stored
-    index = rows, jnp.where(mask, offset, 2 * plan.offsets)
-    plgpu.store(ref.at[index], jnp.zeros(mask.shape, ref.dtype), mask=mask)
+
+    other_rows, other_cols = plan.offsets - plan.rows.keys, plan.offsets - plan.cols.keys
+    if other_rows + other_cols == 0:
+        return
+    code = jnp.arange(pl.next_power_of_2(other_rows + other_cols), dtype=jnp.int32)[None]
+    first_row, first_col = (first[:, None] for first in _first_offsets(plan, y, x))
+    row, col = code, code - other_rows
+    row, col = (other + jnp.where(other < first, 0, axis.keys) for other, first, axis in
+                ((row, first_row, plan.rows), (col, first_col, plan.cols)))  # fmt: skip
+    offset = jnp.where(code < other_rows, row, col + plan.offsets)
+    mask = inside[:, None] & (code < other_rows + other_cols)
+    offset = jnp.where(mask, offset, 2 * plan.offsets)
+    index = jnp.broadcast_to(pixels[:, None], offset.shape), offset
+    plgpu.store(ref.at[index], jnp.zeros(offset.shape, ref.dtype), mask=mask)
 
 
-def _codes(plan, r, s, dtype):
-    """`[C, K]`: one-hot codes of each key's row, then of its column."""
-    code = jnp.arange(plan.codes, dtype=jnp.int32)[:, None]
-    return ((code == r[None]) | (code == s[None] + plan.rows.keys)).astype(dtype)
+def _hide(plan, logits, in_window):
+    """Masks keys outside of the window where there is no spare code to do it."""
+    return logits if plan.spare_code else jnp.where(in_window, logits, plan.masked_logit)
 
 
-def _split(x, dtype):
-    """Parts in `dtype` that sum up to float32 `x`, to twice the bits of bfloat16."""
-    if dtype == jnp.float32:
+def _split(plan, x):
+    """Parts in `dtype` that sum up to float32 `x`."""
+    if plan.parts == 1:
         return (x,)
-    high = x.astype(dtype)
-    return high, (x - high.astype(jnp.float32)).astype(dtype)
+    high = x.astype(plan.dtype)
+    return high, (x - high.astype(jnp.float32)).astype(plan.dtype)
 
 
 def _dot(a, b, a_axis, b_axis):
