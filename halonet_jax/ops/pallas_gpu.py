@@ -138,8 +138,7 @@ def _attend_forward(plan, q, k, v, tables):
 
 def _attend_backward(plan, kept, dout):
     q, k, v, tables, out, lse = kept
-    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(-1)
-    arrays = q, k, v, _position(q, tables), lse, delta, dout
+    arrays = q, k, v, _position(q, tables), lse, out, dout
     dq, dk, dv, dposition = per_device(functools.partial(_run_backward, plan), arrays, 4, "cuda")
     product = functools.partial(jnp.einsum, precision=_precision(q), preferred_element_type=jnp.float32)
     dq = (dq + product("bpnt,td->bpnd", dposition, tables)).astype(q.dtype)
@@ -159,25 +158,32 @@ def _precision(x):
 
 
 def _run_forward(plan, interpret, q, k, v, position):
-    out = jax.ShapeDtypeStruct((*q.shape[:3], plan.values), q.dtype)
-    lse = jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)
+    batch, pixels, heads, _ = q.shape
+    results = jax.ShapeDtypeStruct((batch, pixels, heads, plan.values), q.dtype), _floats(batch, heads, pixels)
     arrays = q, k, v, kernels.codes(plan), position
-    return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret, arrays, (out, lse))
+    return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret, arrays, results)
 
 
-def _run_backward(plan, interpret, q, k, v, position, lse, delta, dout):
-    codes = kernels.codes(plan)
+def _run_backward(plan, interpret, q, k, v, position, lse, out, dout):
+    codes, programs = kernels.codes(plan), _query_programs(plan, plan.dq)
     like = lambda *arrays: tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
-    parts = (jax.ShapeDtypeStruct((*q.shape[:3], plan.codes), q.dtype),) * plan.parts
-    dq, dposition, *parts = _call(
-        plan, kernels.dq_kernel, plan.dq, _query_programs(plan, plan.dq), interpret,
-        (q, k, v, codes, position, lse, delta, dout), (*like(q, position), *parts),
+    batch, _, heads, _ = q.shape
+    queries = programs * plan.dq.queries
+    statistics = (_floats(batch, heads, queries),) * 2
+    parts = (jax.ShapeDtypeStruct((batch, queries, heads, plan.codes), q.dtype),) * plan.parts
+    dq, dposition, *of_blocks = _call(
+        plan, kernels.dq_kernel, plan.dq, programs, interpret, (q, k, v, codes, position, lse, out, dout),
+        (*like(q, position), *statistics, *parts),
     )  # fmt: skip
     dk, dv = _call(
-        plan, kernels.dkv_kernel, plan.dkv, plan.patches[0] * plan.patches[1], interpret,
-        (q, k, v, codes, lse, delta, dout, *parts), like(k, v),
+        plan, kernels.dkv_kernel, plan.dkv, plan.patches[0] * plan.patches[1], interpret, (q, k, v, codes, dout, *of_blocks),
+        like(k, v),
     )  # fmt: skip
     return dq, dk, dv, dposition
+
+
+def _floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _query_programs(plan, tiles):
@@ -198,9 +204,9 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
 
 
 def _spec(x):
-    """One image's and head's pixels of `[B, pixels, N, ...]`; all of the codes."""
+    """One image's and head's pixels of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes."""
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda head, program, image: (0, 0))
-    return pl.BlockSpec(
-        (None, x.shape[1], None, *x.shape[3:]), lambda head, program, image: (image, 0, head, 0)[: x.ndim]
-    )  # fmt: skip
+    if x.ndim == 3:
+        return pl.BlockSpec((None, None, x.shape[2]), lambda head, program, image: (image, head, 0))
+    return pl.BlockSpec((None, x.shape[1], None, x.shape[3]), lambda head, program, image: (image, 0, head, 0))

@@ -129,19 +129,23 @@ def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, out
     plgpu.store(lse_ref.at[pixels], top + jnp.log2(total), mask=inside)
 
 
-def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref, delta_ref, dout_ref, *out_refs):
+def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref, out_ref, dout_ref, *result_refs):
     """Gradients of a tile of queries, without what comes through the position logits, and of its position logits.
 
-    Also stores the position logits of the window, split into parts, for `dkv_kernel`.
+    Then what `dkv_kernel` needs of each query, in the order of blocks and their queries: the log-sum-exp, the product of output
+    and its gradient, and the window's position logits, split into parts.
     """
-    dq_ref, dposition_ref, *part_refs = out_refs
+    dq_ref, dposition_ref, block_lse_ref, block_delta_ref, *part_refs = result_refs
     tiles = plan.dq
     i, j, y, x, pixels, inside = _queries_of_program(plan, tiles)
-    q, dout = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref))
-    lse, delta = (plgpu.load(ref.at[pixels], mask=inside, other=0.0) for ref in (lse_ref, delta_ref))
+    q, out, dout = (_load(ref, pixels, inside) for ref in (q_ref, out_ref, dout_ref))
+    delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(1)
+    lse = plgpu.load(lse_ref.at[pixels], mask=inside, other=0.0)
     position = _split(plan, _load_position(plan, position_ref, i, j, y, x, pixels, inside))
+    here = pl.program_id(1) * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
+    block_lse_ref[here], block_delta_ref[here] = lse, delta
     for ref, part in zip(part_refs, position):
-        _store(ref, pixels, inside, part)
+        _store(ref, here, None, part)
 
     def step(n, carry):
         dq, dposition = carry
@@ -161,7 +165,7 @@ def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref,
     _store_position(plan, dposition_ref, y, x, pixels, inside, dposition * plan.scale)
 
 
-def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, lse_ref, delta_ref, dout_ref, *rest):
+def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, dout_ref, lse_ref, delta_ref, *rest):
     """Gradients of a patch of keys and values. Logits stand transposed, `[K, Q]`, as the products with them need them."""
     *part_refs, dk_ref, dv_ref = rest
     tiles = plan.dkv
@@ -183,8 +187,9 @@ def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, lse_ref, delta_ref, d
         i, j = _divmod(block, count_j)
         i, j = i + first_i, j + first_j
         _, _, pixels, inside = _queries(plan, tiles, i, j, tile)
-        q, dout, *parts = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref, *part_refs))
-        lse, delta = (plgpu.load(ref.at[pixels], mask=inside, other=0.0) for ref in (lse_ref, delta_ref))
+        q, dout = (_load(ref, pixels, inside) for ref in (q_ref, dout_ref))
+        here = ((i * plan.cols.blocks + j) * steps + tile) * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
+        lse, delta, *parts = lse_ref[here], delta_ref[here], *(_load(ref, here) for ref in part_refs)
         r, s = row - (i * plan.rows.block - plan.rows.halo), col - (j * plan.cols.block - plan.cols.halo)
         codes = _load(codes_ref, _code(plan, r, s))
         logits = sum((_dot(codes, part, 1, 1) for part in parts), _dot(k, q, 1, 1))
