@@ -40,7 +40,9 @@ def main(_):
                     registers, spilled, shared = compile_triton(module, capability, warps, stages)
                     bad = spilled > 0 or shared > SHARED_KIB[capability] * 1024
                     failed += bad
-                    line += f" | sm_{capability} {registers} registers, {spilled} B spilled, {shared / 1024:.0f} KiB{' !' * bad}"
+                    line += (
+                        f" | sm_{capability} {registers} registers, {spilled} B spilled, {shared / 1024:.0f} KiB{' !' * bad}"
+                    )
                 print(line, flush=True)
     return failed and 1
 
