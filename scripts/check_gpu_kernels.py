@@ -38,7 +38,7 @@ def main(_):
                 line = f"{name} {dtype} {kernel}: {warps} warps, {stages} stages"
                 for capability in map(int, _COMPILE.value):
                     registers, spilled, shared = compile_triton(module, capability, warps, stages)
-                    bad = spilled > 0 or shared > SHARED_KIB[capability] * 1024
+                    bad = shared > SHARED_KIB[capability] * 1024
                     failed += bad
                     line += (
                         f" | sm_{capability} {registers} registers, {spilled} B spilled, {shared / 1024:.0f} KiB{' !' * bad}"

@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     dtype: str
     forward: Tiles
     dq: Tiles
-    dkv: Tiles
+    dkv: Tiles  # of as many queries as dq's
     patch: tuple[int, int]  # rows and columns of keys in a program of dK and dV
 
     @property
