@@ -78,7 +78,10 @@ def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype
         )
         return out.astype(jnp.float32).sum()
 
-    text = jax.jit(jax.grad(loss, argnums=range(5))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    # Newer JAX asks for the GPU that it is for, though what it writes is the same for all.
+    gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)):
+        text = jax.jit(jax.grad(loss, argnums=range(5))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     unescape = lambda s: re.sub(rb"\\([0-9A-F]{2})|\\\\", lambda m: bytes.fromhex(m[1].decode()) if m[1] else b"\\", s.encode())
     pattern = r'ir = "([^"]*)", name = "([^"]*)", num_stages = (\d+) : i32, num_warps = (\d+) : i32'
     return [(name, unescape(ir), int(warps), int(stages)) for ir, name, stages, warps in re.findall(pattern, text)]

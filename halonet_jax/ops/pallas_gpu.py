@@ -10,7 +10,6 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from halonet_jax.ops import pallas_gpu_kernels as kernels
 from halonet_jax.ops.pallas_gpu_kernels import Axis, Plan, Tiles
@@ -49,6 +48,8 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
     Args:
         q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
     """
+    if kernels.plgpu is None:
+        return f"JAX {jax.__version__} has no Triton in Pallas"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype}, not float32 or bfloat16"
@@ -198,7 +199,7 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
         in_specs=[_spec(x) for x in arrays],
         out_specs=[_spec(x) for x in results],
         out_shape=results,
-        compiler_params=plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
+        compiler_params=kernels.plgpu.CompilerParams(num_warps=tiles.warps, num_stages=tiles.stages),
         interpret=interpret,
         name=f"halo_attention_{kernel.__name__}",
     )(*arrays)

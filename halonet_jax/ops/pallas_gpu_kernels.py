@@ -16,7 +16,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
+
+try:
+    from jax.experimental.pallas import triton as plgpu
+except ImportError:  # JAX 0.12 announces that it will go
+    plgpu = None
 
 LOG2_E = math.log2(math.e)
 

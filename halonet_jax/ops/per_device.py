@@ -25,7 +25,8 @@ def per_device(run, arrays, results, platform, whole=()):
 
     mesh = jax.sharding.get_abstract_mesh()
     axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
-    if not axes or arrays[0].shape[0] % math.prod(mesh.shape[name] for name in axes):
+    devices = math.prod(mesh.shape[name] for name in axes)
+    if devices == 1 or arrays[0].shape[0] % devices:
         return call(*arrays)
     specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
     # Kernels do not say over which axes their results vary.
