@@ -1,7 +1,7 @@
 """Halo attention fused for GPU: what surrounds the kernels of `pallas_gpu_kernels`.
 
-Queries, keys and values stay as they lie. The product of queries and relative tables is left to XLA, one matrix product whose
-gradients are two more: the kernels read and write `2 (2b + 2h - 1)` numbers per query, and need no sums over queries. For the
+Queries, keys and values stay as they lie. Gradients of the relative tables are sums over all queries: the kernels write the
+gradient of each query's product with each entry, `2 (2b + 2h - 1)` numbers, and two matrix products by XLA do the rest. For the
 backward pass the operator's inputs and output and the log-sum-exp of each query are kept; all else is computed again.
 """
 
@@ -134,15 +134,16 @@ def _attend(plan, q, k, v, tables):
 
 
 def _attend_forward(plan, q, k, v, tables):
-    out, lse = per_device(functools.partial(_run_forward, plan), (q, k, v, _position(q, tables)), 2, "cuda")
+    out, lse = per_device(functools.partial(_run_forward, plan), (q, k, v, tables), 2, "cuda", whole=(3,))
     return out, (q, k, v, tables, out, lse)
 
 
 def _attend_backward(plan, kept, dout):
     q, k, v, tables, out, lse = kept
-    arrays = q, k, v, _position(q, tables), lse, out, dout
-    dq, dk, dv, dposition = per_device(functools.partial(_run_backward, plan), arrays, 4, "cuda")
-    product = functools.partial(jnp.einsum, precision=_precision(q), preferred_element_type=jnp.float32)
+    run = functools.partial(_run_backward, plan)
+    dq, dk, dv, dposition = per_device(run, (q, k, v, tables, lse, out, dout), 4, "cuda", whole=(3,))
+    precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     dq = (dq + product("bpnt,td->bpnd", dposition, tables)).astype(q.dtype)
     return dq, dk, dv, product("bpnt,bpnd->td", dposition, q).astype(tables.dtype)
 
@@ -150,32 +151,24 @@ def _attend_backward(plan, kept, dout):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _position(q, tables):
-    """Logits of each query for each row and each column offset, `[B, pixels, N, 2T]`, in float32."""
-    return jnp.einsum("bpnd,td->bpnt", q, tables, precision=_precision(q), preferred_element_type=jnp.float32)
-
-
-def _precision(x):
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-def _run_forward(plan, interpret, q, k, v, position):
+def _run_forward(plan, interpret, q, k, v, tables):
     batch, pixels, heads, _ = q.shape
     results = jax.ShapeDtypeStruct((batch, pixels, heads, plan.values), q.dtype), _floats(batch, heads, pixels)
-    arrays = q, k, v, kernels.codes(plan), position
+    arrays = q, k, v, kernels.codes(plan), tables
     return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret, arrays, results)
 
 
-def _run_backward(plan, interpret, q, k, v, position, lse, out, dout):
+def _run_backward(plan, interpret, q, k, v, tables, lse, out, dout):
     codes, programs = kernels.codes(plan), _query_programs(plan, plan.dq)
     like = lambda *arrays: tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
+    dposition = jax.ShapeDtypeStruct((*q.shape[:3], tables.shape[0]), q.dtype)
     batch, _, heads, _ = q.shape
     queries = programs * plan.dq.queries
     statistics = (_floats(batch, heads, queries),) * 2
     parts = (jax.ShapeDtypeStruct((batch, queries, heads, plan.codes), q.dtype),) * plan.parts
     dq, dposition, *of_blocks = _call(
-        plan, kernels.dq_kernel, plan.dq, programs, interpret, (q, k, v, codes, position, lse, out, dout),
-        (*like(q, position), *statistics, *parts),
+        plan, kernels.dq_kernel, plan.dq, programs, interpret, (q, k, v, codes, tables, lse, out, dout),
+        (*like(q), dposition, *statistics, *parts),
     )  # fmt: skip
     dk, dv = _call(
         plan, kernels.dkv_kernel, plan.dkv, plan.patches[0] * plan.patches[1], interpret, (q, k, v, codes, dout, *of_blocks),
@@ -206,7 +199,7 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
 
 
 def _spec(x):
-    """One image's and head's pixels of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes."""
+    """One image's and head's pixels of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes and tables."""
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda head, program, image: (0, 0))
     if x.ndim == 3:

@@ -4,10 +4,10 @@ A program of `forward_kernel` and of `dq_kernel` has a tile of one block's queri
 program of `dkv_kernel` has a patch of key pixels and loops over the blocks whose windows see it, so that gradients of overlapping
 windows meet in one program's registers, always in the same order. Pixels are read where they lie, `[H * W, N * D]` of an image.
 
-Logits of the position come in as `[pixels, 2T]` (`T` offsets of rows, then of columns): the product of each query and each
-entry of the relative tables. A program reads those that its window needs, `[Q, C]`: one for each row and each column of the
-window, a large negative number for those that are masked. The product with the keys' one-hot codes of row and column, `[K, C]`,
-spreads them over the keys on the tensor cores, which leaves little to do for each logit.
+Logits of the position are kept as `[Q, C]`: each query's for the rows and the columns of its window, a large negative number for
+those that are masked. The product with the keys' one-hot codes of row and column, `[K, C]`, spreads them over the keys on the
+tensor cores, which leaves little to do for each logit. Their gradients go out as `[pixels, 2T]`, for each offset of rows, then
+of columns, as if they were products of each query and each entry of the tables.
 """
 
 import math
@@ -104,12 +104,12 @@ class Plan(NamedTuple):
         return tuple(pl.cdiv(axis.size + axis.halo % patch, patch) for axis, patch in zip((self.rows, self.cols), self.patch))
 
 
-def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, out_ref, lse_ref):
+def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, out_ref, lse_ref):
     """Attends from a tile of queries to its window; keeps the base-2 log-sum-exp of the scaled logits."""
     tiles = plan.forward
-    i, j, y, x, pixels, inside = _queries_of_program(plan, tiles)
+    i, j, tile, y, x, pixels, inside = _queries_of_program(plan, tiles)
     q = _load(q_ref, pixels, inside)
-    position = _split(plan, _load_position(plan, position_ref, i, j, y, x, pixels, inside))
+    position = _split(plan, _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside))
 
     def step(n, carry):
         out, total, top = carry
@@ -133,7 +133,7 @@ def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, out
     plgpu.store(lse_ref.at[pixels], top + jnp.log2(total), mask=inside)
 
 
-def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref, out_ref, dout_ref, *result_refs):
+def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, lse_ref, out_ref, dout_ref, *result_refs):
     """Gradients of a tile of queries, without what comes through the position logits, and of its position logits.
 
     Then what `dkv_kernel` needs of each query, in the order of blocks and their queries: the log-sum-exp, the product of output
@@ -141,11 +141,11 @@ def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, position_ref, lse_ref,
     """
     dq_ref, dposition_ref, block_lse_ref, block_delta_ref, *part_refs = result_refs
     tiles = plan.dq
-    i, j, y, x, pixels, inside = _queries_of_program(plan, tiles)
+    i, j, tile, y, x, pixels, inside = _queries_of_program(plan, tiles)
     q, out, dout = (_load(ref, pixels, inside) for ref in (q_ref, out_ref, dout_ref))
     delta = (out.astype(jnp.float32) * dout.astype(jnp.float32)).sum(1)
     lse = plgpu.load(lse_ref.at[pixels], mask=inside, other=0.0)
-    position = _split(plan, _load_position(plan, position_ref, i, j, y, x, pixels, inside))
+    position = _split(plan, _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside))
     here = pl.program_id(1) * tiles.queries + jnp.arange(tiles.queries, dtype=jnp.int32)
     block_lse_ref[here], block_delta_ref[here] = lse, delta
     for ref, part in zip(part_refs, position):
@@ -231,7 +231,7 @@ def codes(plan: Plan):
 def _queries_of_program(plan, tiles):
     block, tile = _divmod(pl.program_id(1), pl.cdiv(plan.rows.queries * plan.cols.queries, tiles.queries))
     i, j = _divmod(block, plan.cols.blocks)
-    return i, j, *_queries(plan, tiles, i, j, tile)
+    return i, j, tile, *_queries(plan, tiles, i, j, tile)
 
 
 def _queries(plan, tiles, i, j, tile):
@@ -311,10 +311,30 @@ def _window_offsets(plan, y, x, pixels):
     return jnp.broadcast_to(pixels[:, None], offset.shape), offset
 
 
-def _load_position(plan, ref, i, j, y, x, pixels, inside):
+def _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside):
+    """Position logits of each query for its window's rows, then columns, `[Q, C]`, and `masked_logit` for what it must not see.
+
+    Queries of one row of the block share their row offsets: for each row there is a product of all queries with the entries of
+    the table that this row needs, of which its queries keep theirs. The same for columns.
+    """
     code = jnp.arange(plan.codes, dtype=jnp.int32)
     is_row, is_col = code < plan.rows.keys, (code >= plan.rows.keys) & (code < plan.rows.keys + plan.cols.keys)
     r, s = code, code - plan.rows.keys
+
+    def add_row(n, logits):
+        table = _load(tables_ref, r + plan.center - plan.rows.halo - n * plan.stride, is_row)
+        return jnp.where((y == n * plan.stride)[:, None], _dot(q, table, 1, 1), logits)
+
+    def add_col(n, logits):
+        table = _load(tables_ref, s + plan.offsets + plan.center - plan.cols.halo - n * plan.stride, is_col)
+        return jnp.where((x == n * plan.stride)[:, None], logits + _dot(q, table, 1, 1), logits)
+
+    first, _ = _divmod(tile * tiles.queries, plan.cols.queries)
+    last, _ = _divmod(tile * tiles.queries + tiles.queries - 1, plan.cols.queries)
+    logits = jnp.zeros((tiles.queries, plan.codes), jnp.float32)
+    logits = lax.fori_loop(first, jnp.minimum(last + 1, plan.rows.queries), add_row, logits)
+    logits = lax.fori_loop(0, plan.cols.queries, add_col, logits)
+
     if plan.masked:
         row, col = i * plan.rows.block - plan.rows.halo + r, j * plan.cols.block - plan.cols.halo + s
         is_row &= (row >= 0) & (row < plan.rows.size)
@@ -323,7 +343,7 @@ def _load_position(plan, ref, i, j, y, x, pixels, inside):
     if plan.reach is not None:
         distance = jnp.where(is_row[None], (r - plan.rows.halo)[None] - y[:, None], (s - plan.cols.halo)[None] - x[:, None])
         seen &= abs(distance) <= plan.reach
-    return plgpu.load(ref.at[_window_offsets(plan, y, x, pixels)], mask=seen, other=plan.masked_logit)
+    return jnp.where(seen, logits, plan.masked_logit)
 
 
 def _store_position(plan, ref, y, x, pixels, inside, dposition):
