@@ -99,8 +99,8 @@ def _tiles(rows, cols, channels, values, itemsize):
     patch = _patch(rows, cols, largest=keys)
     patch_keys = patch[0] * patch[1]
 
-    def warps(tile, other):  # so that a thread has up to 64 numbers of logits and sums
-        return min(8, pl.next_power_of_2(pl.cdiv(tile * (other + width), 32 * 64)))
+    def warps(tile, other):  # so that a thread has up to 64 numbers of logits and sums; float32 products have no tensor cores
+        return min(8, pl.next_power_of_2(pl.cdiv(tile * (other + width) * itemsize, 32 * 64 * 2)))
 
     return (
         Tiles(tile, keys, warps(tile, keys), stages),
