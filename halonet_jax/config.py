@@ -113,6 +113,7 @@ def imagenet() -> ml_collections.ConfigDict:
     c.on_non_finite = (
         "stop"  # a loss or gradient that is NaN: "stop", or "skip": back to the last checkpoint, past the bad batches
     )
+    c.tensorboard = True  # TensorBoard files beside metrics.jsonl; they need TensorFlow
     c.hang_timeout = 1800.0  # seconds without a step after which the process ends itself; 0: never
     c.profile_steps = ()  # (first, last): writes a profile of these steps to WORKDIR/profile
 

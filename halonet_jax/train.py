@@ -138,8 +138,9 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
             flush=True,
         )
     reporter = reporting.Reporter(
-        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer
-    )
+        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
+        tensorboard=config.tensorboard,
+    )  # fmt: skip
     run = Run(
         config, workdir, program, train_source, eval_source, steps_per_epoch, last_step, checkpointer, reporter,
         profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer),

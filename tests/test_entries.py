@@ -13,7 +13,9 @@ from entries import ROOT, checkpoints, command, evaluate, metrics, run, train, t
 from halonet_jax import train as train_entry
 from halonet_jax.training import checkpoint
 
-DIGITS = {"max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)"}
+DIGITS = {
+    "max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)", "tensorboard": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
