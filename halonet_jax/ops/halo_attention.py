@@ -2,9 +2,9 @@
 
 import jax
 
-from halonet_jax.ops import blocked, reference
+from halonet_jax.ops import blocked, pallas_tpu, reference
 
-IMPLEMENTATIONS = {"blocked": blocked.attend, "reference": reference.attend}
+IMPLEMENTATIONS = {"blocked": blocked.attend, "pallas": pallas_tpu.attend, "reference": reference.attend}
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
