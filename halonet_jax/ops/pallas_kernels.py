@@ -1,8 +1,9 @@
 """TPU kernels of halo attention, forward and backward: windows and logits live in on-chip memory (VMEM) only.
 
-One grid step holds one column of blocks, over the map's whole height; a loop inside goes down its blocks. Columns come in order,
-so that each key and value is read once: a band in VMEM keeps what the next column's windows overlap with, and in the
-backward pass a second band sums the gradients of overlapping windows before they are written.
+The grid is (batch, chunks of heads, columns of blocks). A step holds one column of blocks over the map's whole height; a loop
+inside goes down its blocks. Columns come in order, so that each key and value is read once: a band in VMEM keeps what the next
+column's windows overlap with, and in the backward pass a second band sums the gradients of overlapping windows before they
+are written.
 
 Layout, by what the hardware wants. The band is `[rows, columns, channels]`: channels in lanes, columns in sublanes, rows untiled,
 so that a window is a slice of whole tiles at a dynamic row. Logits stand transposed, keys in sublanes and queries in lanes:
@@ -47,9 +48,9 @@ class Plan(NamedTuple):
         heads: N.
         channels: D.
         values: E.
-        chunk: heads whose keys share up to 128 lanes.
+        chunk: heads of one grid step, whose keys share up to 128 lanes.
         group: heads that are stacked; divides `chunk`.
-        value_lanes: of a group's values, padded to whole chunks of 128 lanes where there are several groups.
+        value_lanes: of a group's values, padded to a multiple of 128 where there are several groups.
         key_cols: S, padded to whole sublanes.
         query_rows, query_cols: a block's queries are so many rows of whole sublanes: its pixels if their columns fill sublanes,
             else all pixels flat in one row, padded.
@@ -78,12 +79,16 @@ class Plan(NamedTuple):
     dtype: str
 
     @property
+    def chunks(self):
+        return self.heads // self.chunk
+
+    @property
     def groups(self):
-        return self.heads // self.group
+        """Of one chunk."""
+        return self.chunk // self.group
 
     @property
     def key_lanes(self):
-        """Of one chunk."""
         return self.chunk * self.channels
 
     @property
@@ -111,34 +116,32 @@ class Plan(NamedTuple):
 
 
 def forward_kernel(plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, out_ref, lse_ref, k_band, v_band):
-    """Attends one column of blocks. Refs, without the batch axis and that of columns of blocks, both of size 1:
+    """Attends one column of blocks. Refs, without the axes that the grid runs over:
 
-    q `[I * query_rows, query_cols, N * D]`, k `[H, block, N * D]`, v and out likewise with `groups * value_lanes`, tables
-    `[2, offsets, key_lanes]`, shifts `[2, M]` (see `_shift`), lse `[I, groups, M]` float32: the log-sum-exp over `scale`.
+    q `[I * query_rows, query_cols, key_lanes]`, k `[H, block, key_lanes]`, v and out likewise with `groups * value_lanes`,
+    tables `[2, offsets, key_lanes]`, shifts `[2, M]` (see `_shift`), lse `[I, groups, M]` float32: the log-sum-exp over `scale`.
     """
-    step = pl.program_id(1)
+    step = pl.program_id(2)
     lookahead = int(plan.cols.halo > 0)
     column = step - lookahead
     fresh = [_enter(plan, band, ref, step) for band, ref in ((k_band, k_ref), (v_band, v_ref))]
 
     def attend_block(i, _):
-        q = _queries(plan, q_ref, i)
-        for chunk in range(plan.heads // plan.chunk):
-            k = _window(plan, k_band, i, chunk * plan.key_lanes, plan.key_lanes)
-            for group in _groups(plan, chunk):
-                stacked = _stack(plan, q[:, _lanes(chunk, plan.key_lanes)], group * plan.group % plan.chunk, plan.channels)
-                logits = _logits(plan, k, stacked, tables_ref, shifts_ref, i, column)
-                maximum = jnp.max(logits, axis=0, keepdims=True)
-                # The difference first: a scaled maximum would round, which matters where all keys are masked.
-                weights = jnp.exp(plan.scale * (logits - maximum))
-                total = jnp.sum(weights, axis=0, keepdims=True)
-                lse_ref[i, group : group + 1] = maximum + jnp.log(total) / plan.scale
-                v = _window(plan, v_band, i, group * plan.value_lanes, plan.value_lanes)
-                out = _dot(v, weights.astype(v.dtype), 0, 0) / total  # [lanes, M]
-                out = _unstack(plan, out.T, 0, plan.values)
-                out = out.reshape(plan.query_rows, plan.query_cols, plan.value_lanes)
-                rows = pl.ds(i * plan.query_rows, plan.query_rows)
-                out_ref[rows, :, _lanes(group, plan.value_lanes)] = out.astype(out_ref.dtype)
+        q, k = _queries(plan, q_ref, i), _window(plan, k_band, i)
+        rows = pl.ds(i * plan.query_rows, plan.query_rows)
+        for group in range(plan.groups):
+            lanes = pl.ds(group * plan.value_lanes, plan.value_lanes)
+            stacked = _stack(plan, q, group * plan.group, plan.channels)
+            logits = _logits(plan, k, stacked, tables_ref, shifts_ref, i, column)
+            maximum = jnp.max(logits, axis=0, keepdims=True)
+            # The difference first: a scaled maximum would round, which matters where all keys are masked.
+            weights = jnp.exp(plan.scale * (logits - maximum))
+            total = jnp.sum(weights, axis=0, keepdims=True)
+            lse_ref[i, group : group + 1] = maximum + jnp.log(total) / plan.scale
+            v = _window(plan, v_band, i, lanes)
+            out = _dot(v, weights.astype(v.dtype), 0, 0) / total  # [value_lanes, M]
+            out = _unstack(plan, out.T, 0, plan.values)
+            out_ref[rows, :, lanes] = out.reshape(plan.query_rows, plan.query_cols, plan.value_lanes).astype(out_ref.dtype)
 
     @pl.when(column >= 0)
     def _():
@@ -159,7 +162,7 @@ def backward_kernel(
     `done` holds the columns of dk and dv that are complete but not written, `[H, block - halo, channels]`, where that is
     anything.
     """
-    step = pl.program_id(1)
+    step = pl.program_id(2)
     lookahead = int(plan.cols.halo > 0)
     column = step - lookahead
     dtype = jnp.dtype(plan.dtype)
@@ -173,37 +176,34 @@ def backward_kernel(
     row_codes = plan.code_rows[0]
 
     def attend_block(i, _):
-        q, dout = _queries(plan, q_ref, i), _queries(plan, dout_ref, i)
-        for chunk in range(plan.heads // plan.chunk):
-            k = _window(plan, k_band, i, chunk * plan.key_lanes, plan.key_lanes)
-            dq = jnp.zeros((plan.block_queries, plan.key_lanes), jnp.float32)
-            dk = jnp.zeros(k.shape, jnp.float32)
-            for group in _groups(plan, chunk):
-                first = group * plan.group % plan.chunk
-                stacked = _stack(plan, q[:, _lanes(chunk, plan.key_lanes)], first, plan.channels)
-                dstacked = _stack(plan, dout[:, _lanes(group, plan.value_lanes)], 0, plan.values)
-                v = _window(plan, v_band, i, group * plan.value_lanes, plan.value_lanes)
+        q, k, dout = _queries(plan, q_ref, i), _window(plan, k_band, i), _queries(plan, dout_ref, i)
+        dq = jnp.zeros(q.shape, jnp.float32)
+        dk = jnp.zeros(k.shape, jnp.float32)
+        for group in range(plan.groups):
+            lanes = pl.ds(group * plan.value_lanes, plan.value_lanes)
+            stacked = _stack(plan, q, group * plan.group, plan.channels)
+            dstacked = _stack(plan, dout[:, group * plan.value_lanes : (group + 1) * plan.value_lanes], 0, plan.values)
+            v = _window(plan, v_band, i, lanes)
 
-                logits = _logits(plan, k, stacked, tables_ref, shifts_ref, i, column)
-                weights = jnp.exp(plan.scale * (logits - lse_ref[i, group : group + 1]))  # [K, M]
-                _add_window(plan, dv_band, i, group * plan.value_lanes, _dot(weights.astype(dtype), dstacked, 1, 0))
-                dweights = _dot(v, dstacked, 1, 1)
-                # What softmax takes off, from the weights rather than from the output: that need not be kept then.
-                dlogits = weights * (dweights - jnp.sum(weights * dweights, axis=0, keepdims=True))
-                dlogits = (plan.scale * dlogits).astype(dtype)
+            logits = _logits(plan, k, stacked, tables_ref, shifts_ref, i, column)
+            weights = jnp.exp(plan.scale * (logits - lse_ref[i, group : group + 1]))  # [K, M]
+            _add_window(plan, dv_band, i, _dot(weights.astype(dtype), dstacked, 1, 0), lanes)
+            dweights = _dot(v, dstacked, 1, 1)
+            # What softmax takes off, from the weights rather than from the output: that need not be kept then.
+            dlogits = weights * (dweights - jnp.sum(weights * dweights, axis=0, keepdims=True))
+            dlogits = (plan.scale * dlogits).astype(dtype)
 
-                dk += _dot(dlogits, stacked, 1, 0)
-                positions = _dot(codes_ref[...], dlogits, 1, 0)  # sums over each key row and each key column
-                dstacked_q = _dot(k, dlogits, 0, 0)  # [key_lanes, M]
-                for axis, part in enumerate((positions[:row_codes], positions[row_codes:])):
-                    part = _unshift(plan, part, shifts_ref[axis : axis + 1], (plan.rows, plan.cols)[axis].block).astype(dtype)
-                    dtables_ref[axis] += _dot(part, stacked, 1, 0)
-                    dstacked_q += _dot(tables_ref[axis], part, 0, 0)
-                dq += _unstack(plan, dstacked_q.T, first, plan.channels)
-            _add_window(plan, dk_band, i, chunk * plan.key_lanes, dk)
-            rows = pl.ds(i * plan.query_rows, plan.query_rows)
-            dq = dq.reshape(plan.query_rows, plan.query_cols, plan.key_lanes)
-            dq_ref[rows, :, _lanes(chunk, plan.key_lanes)] = dq.astype(dq_ref.dtype)
+            dk += _dot(dlogits, stacked, 1, 0)
+            dstacked_q = _dot(k, dlogits, 0, 0)  # [key_lanes, M]
+            positions = _dot(codes_ref[...], dlogits, 1, 0)  # sums over each key row and each key column
+            for n, (part, axis) in enumerate(((positions[:row_codes], plan.rows), (positions[row_codes:], plan.cols))):
+                part = _unshift(plan, part, shifts_ref[n : n + 1], axis.block).astype(dtype)
+                dtables_ref[n] += _dot(part, stacked, 1, 0)
+                dstacked_q += _dot(tables_ref[n], part, 0, 0)
+            dq += _unstack(plan, dstacked_q.T, group * plan.group, plan.channels)
+        _add_window(plan, dk_band, i, dk)
+        rows = pl.ds(i * plan.query_rows, plan.query_rows)
+        dq_ref[rows] = dq.reshape(plan.query_rows, plan.query_cols, plan.key_lanes).astype(dq_ref.dtype)
 
     @pl.when((column >= 0) & (column < plan.cols.blocks))
     def _():
@@ -236,8 +236,8 @@ def _leave(plan, band, fresh):
     """Moves the band on by a block."""
     axis, rows = plan.cols, _map_rows(plan)
     if axis.halo:
-        band[rows, : axis.halo] = band[rows, axis.block : axis.block + axis.halo]
-        band[rows, axis.halo : axis.halo + axis.block] = fresh
+        end = axis.halo + axis.block
+        band[rows, :end] = jnp.concatenate([band[rows, axis.block : end], fresh], axis=1)
 
 
 def _leave_gradient(plan, band, ref, done):
@@ -253,21 +253,12 @@ def _leave_gradient(plan, band, ref, done):
     if done is not None:
         ref[:, :left] = done[...].astype(ref.dtype)
         done[...] = band[rows, axis.halo : axis.block]
-    band[:, : 2 * axis.halo] = band[:, axis.block : axis.keys]
-    band[:, 2 * axis.halo :] = jnp.zeros((plan.band_rows, plan.key_cols - 2 * axis.halo, band.shape[2]), band.dtype)
+    empty = jnp.zeros((plan.band_rows, plan.key_cols - 2 * axis.halo, band.shape[2]), band.dtype)
+    band[...] = jnp.concatenate([band[:, axis.block : axis.keys], empty], axis=1)
 
 
 def _map_rows(plan):
     return slice(plan.rows.halo, plan.rows.halo + plan.rows.size)
-
-
-def _lanes(index, width):
-    return slice(index * width, (index + 1) * width)
-
-
-def _groups(plan, chunk):
-    per_chunk = plan.chunk // plan.group
-    return range(chunk * per_chunk, (chunk + 1) * per_chunk)
 
 
 def _dot(a, b, a_axis, b_axis):
@@ -281,15 +272,15 @@ def _queries(plan, ref, i):
     return x.reshape(plan.block_queries, x.shape[-1])
 
 
-def _window(plan, band, i, lane, width):
-    """Block i's keys or values: `[K, width]` from channel `lane` on."""
-    x = band[pl.ds(i * plan.rows.block, plan.rows.keys), :, lane : lane + width]
-    return x.reshape(plan.window, width).astype(plan.dtype)
+def _window(plan, band, i, lanes=slice(None)):
+    """Block i's keys or values: `[K, lanes]`."""
+    x = band[pl.ds(i * plan.rows.block, plan.rows.keys), :, lanes]
+    return x.reshape(plan.window, x.shape[-1]).astype(plan.dtype)
 
 
-def _add_window(plan, band, i, lane, x):
-    rows = pl.ds(i * plan.rows.block, plan.rows.keys)
-    band[rows, :, lane : lane + x.shape[1]] += x.reshape(plan.rows.keys, plan.key_cols, x.shape[1])
+def _add_window(plan, band, i, x, lanes=slice(None)):
+    """Adds `[K, lanes]` to where `_window` reads."""
+    band[pl.ds(i * plan.rows.block, plan.rows.keys), :, lanes] += x.reshape(plan.rows.keys, plan.key_cols, x.shape[-1])
 
 
 def _stack(plan, x, first, width):
@@ -317,7 +308,9 @@ def _logits(plan, k, q, tables_ref, shifts_ref, i, j):
     )
     content = _dot(k, q, 1, 1)
     # By slices of whole tiles: one key row each.
-    return jnp.concatenate([content[_lanes(r, plan.key_cols)] + (row[r : r + 1] + col) for r in range(plan.rows.keys)], axis=0)
+    return jnp.concatenate(
+        [content[r * plan.key_cols : (r + 1) * plan.key_cols] + (row[r : r + 1] + col) for r in range(plan.rows.keys)], axis=0
+    )
 
 
 def _position_logits(plan, q, table, shift, axis, index, keys):
@@ -358,7 +351,7 @@ def _bits(block):
 
 def scratch_shapes(plan: Plan, backward: bool) -> list[jax.ShapeDtypeStruct]:
     """Of the kernels' bands, in their order."""
-    lanes = plan.heads * plan.channels, plan.groups * plan.value_lanes
+    lanes = plan.key_lanes, plan.groups * plan.value_lanes
     bands = [pltpu.VMEM((plan.band_rows, plan.key_cols, n), jnp.float32) for n in lanes]
     if not backward:
         return bands
