@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from halonet_jax.ops import pallas_kernels as kernels
 from halonet_jax.ops.pallas_kernels import LANES, SUBLANES, Axis, Plan
@@ -197,59 +197,33 @@ def _attend_backward(plan, kept, dout):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _per_device(call, arguments, results, replicated):
-    """Lets XLA's partitioner cut `call(plan, *arrays)` over the batch: to it, a kernel is opaque.
+def _forward(plan, *arrays):
+    return _per_device(functools.partial(_run_forward, plan), arrays, results=2, whole=(3, 4))
 
-    All arguments and results begin with the batch, but the arguments `replicated`.
+
+def _backward(plan, *arrays):
+    return _per_device(functools.partial(_run_backward, plan), arrays, results=4, whole=(3, 4, 5))
+
+
+def _per_device(run, arrays, results, whole):
+    """Runs a kernel on each device's part of the batch, the first axis of all results and of all arrays but those in `whole`.
+
+    To XLA's partitioner a kernel is opaque, so the cut is made here, over all axes of the mesh that `jax.set_mesh` or
+    `jax.sharding.use_abstract_mesh` has set. Without a mesh, or where it does not divide the batch, there is no cut: several TPUs
+    then are an error of JAX. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52 does not know it.)
     """
 
-    def axes(name, rank, whole):
-        return [f"{name}{axis}" if axis or whole else "batch" for axis in range(rank)]
+    def call(*arrays):
+        tpu, other = (functools.partial(run, interpret) for interpret in (False, True))
+        return jax.lax.platform_dependent(*arrays, tpu=tpu, default=other)
 
-    terms = [axes(f"a{n}x", rank, n in replicated) for n, rank in enumerate(arguments)]
-    targets = [axes(f"r{n}x", rank, False) for n, rank in enumerate(results)]
-    rule = " -> ".join(", ".join(" ".join(term) for term in side) for side in (terms, targets))
-    whole = tuple(sorted({axis for term in terms + targets for axis in term if axis != "batch"}))
-
-    def batch_axes(shapes):
-        spec = shapes[0].sharding.spec
-        return spec[0] if len(spec) else None
-
-    def shardings(mesh, shapes):
-        batch = batch_axes(shapes)
-        whole = NamedSharding(mesh, PartitionSpec())
-        cut = NamedSharding(mesh, PartitionSpec(batch))
-        return tuple(whole if n in replicated else cut for n in range(len(arguments))), (cut,) * len(results)
-
-    def partition(plan, mesh, shapes, result_shapes):
-        sources, targets = shardings(mesh, shapes)
-        return mesh, functools.partial(call, plan), targets, sources
-
-    def infer(plan, mesh, shapes, result_shapes):
-        return shardings(mesh, shapes)[1]
-
-    partitioned = custom_partitioning(call, static_argnums=(0,))
-    partitioned.def_partition(
-        partition=partition, infer_sharding_from_operands=infer, sharding_rule=rule, need_replication_factors=whole
-    )
-    return partitioned
-
-
-def _call_forward(plan, *arrays):
-    return _platform_call(_run_forward, plan, *arrays)
-
-
-def _call_backward(plan, *arrays):
-    return _platform_call(_run_backward, plan, *arrays)
-
-
-def _platform_call(run, plan, *arrays):
-    tpu, other = (functools.partial(run, plan, interpret) for interpret in (False, True))
-    return jax.lax.platform_dependent(*arrays, tpu=tpu, default=other)
-
-
-_forward = _per_device(_call_forward, arguments=(5, 5, 5, 3, 2), results=(5, 6), replicated=(3, 4))
-_backward = _per_device(_call_backward, arguments=(5, 5, 5, 3, 2, 2, 6, 5), results=(5, 5, 5, 5), replicated=(3, 4, 5))
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
+    if not axes or arrays[0].shape[0] % math.prod(mesh.shape[name] for name in axes):
+        return call(*arrays)
+    specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
+    # Kernels do not say over which axes their results vary.
+    return jax.shard_map(call, in_specs=specs, out_specs=(P(axes),) * results, axis_names=set(axes), check_vma=False)(*arrays)
 
 
 def _run_forward(plan, interpret, q, k, v, tables, shifts):
