@@ -1,6 +1,7 @@
 """Every implementation against the reference, and the reference against plain loops and known special cases."""
 
 import functools
+import itertools
 
 import hypothesis
 import jax
@@ -57,14 +58,24 @@ VARIANTS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("stride", (1, 2))
-@pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_implementations_agree_forward_and_backward(size, stride, variant):
+# What differs inside the kernels, which are interpreted here: queries in whole rows of sublanes, and flat; blocks that the stride
+# does not divide; one block; one pixel; no halo; halo as wide as the block; several chunks of heads, and groups in a chunk.
+WIDE = {"heads": 4, "channels": 64, "value_channels": 12}, {"heads": 3, "channels": 8, "value_channels": 80}
+PALLAS = (
+    ((9, 16, 8, 3), 1, {}), ((7, 10, 4, 1), 1, VARIANTS[1]), ((8, 8, 4, 2), 2, VARIANTS[2]), ((7, 5, 3, 1), 2, VARIANTS[1]),
+    ((3, 5, 8, 3), 2, {}), ((3, 5, 8, 3), 1, VARIANTS[2]), ((1, 1, 4, 1), 1, {}), ((6, 6, 3, 0), 1, {}), ((3, 4, 1, 1), 1, {}),
+    ((5, 9, 4, 1), 1, WIDE[0]), ((5, 9, 4, 1), 2, WIDE[1]),
+)  # fmt: skip
+CASES = [("blocked", *case) for case in itertools.product(SIZES, (1, 2), VARIANTS)] + [("pallas", *case) for case in PALLAS]
+
+
+@pytest.mark.parametrize("implementation, size, stride, variant", CASES, ids=str)
+def test_implementations_agree_forward_and_backward(implementation, size, stride, variant):
     height, width, b, h = size
-    options = dict(variant)
-    inputs = make_inputs(0, height, width, b, h, stride, full_width=options.pop("full_width", False))
-    cotangent = np.random.default_rng(1).standard_normal(inputs[0].shape[:4] + (12,)).astype(np.float32)
+    shape = {key: variant[key] for key in ("full_width", "heads", "channels", "value_channels") if key in variant}
+    options = {key: value for key, value in variant.items() if key not in shape}
+    inputs = make_inputs(0, height, width, b, h, stride, **shape)
+    cotangent = np.random.default_rng(1).standard_normal((*inputs[0].shape[:4], inputs[2].shape[-1])).astype(np.float32)
 
     def run(implementation):
         f = functools.partial(
@@ -73,9 +84,9 @@ def test_implementations_agree_forward_and_backward(size, stride, variant):
         out, vjp = jax.vjp(f, *inputs)
         return out, *vjp(cotangent)
 
-    blocked, reference = jax.jit(lambda: (run("blocked"), run("reference")))()
+    fast, reference = jax.jit(lambda: (run(implementation), run("reference")))()
     np.testing.assert_allclose(reference[0], loops(*inputs, b, h, stride, **options), atol=1e-5, rtol=0)
-    for name, ours, theirs in zip(("out", "dq", "dk", "dv", "d rel_rows", "d rel_cols"), blocked, reference):
+    for name, ours, theirs in zip(("out", "dq", "dk", "dv", "d rel_rows", "d rel_cols"), fast, reference):
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0, err_msg=name)
 
 
@@ -120,12 +131,13 @@ def test_stride_keeps_every_second_query_of_the_same_neighborhoods():
     np.testing.assert_allclose(f(q[:, ::2, ::2], k, v, *tables, stride=2), f(q, k, v, *tables)[:, ::2, ::2], atol=1e-6)
 
 
-def test_bfloat16_inputs_have_float32_softmax():
+@pytest.mark.parametrize("implementation", ("blocked", "pallas"))
+def test_bfloat16_inputs_have_float32_softmax(implementation):
     """Error stays at the rounding of weights and output, with logits near 60 where bfloat16 has steps of 0.25."""
     q, k, v, rel_rows, rel_cols = make_inputs(0, 16, 16, 8, 3, channels=32, value_channels=16)
     inputs = [x.astype(jnp.bfloat16) for x in (8 * q, 2 * k, v, rel_rows, rel_cols)]
     f = functools.partial(halo_attention, block_size=8, halo_size=3)
-    out = f(*inputs)
+    out = f(*inputs, implementation=implementation)
     assert out.dtype == jnp.bfloat16
     exact = f(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
     np.testing.assert_allclose(out.astype(jnp.float32), exact, atol=0.02)

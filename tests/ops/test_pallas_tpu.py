@@ -1,0 +1,95 @@
+"""What the fused kernels cannot do, their gradients in bfloat16, over several devices, and through the TPU compiler."""
+
+import functools
+import importlib.util
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_halo_attention import make_inputs
+
+from halonet_jax.analysis import hlo
+from halonet_jax.ops import halo_attention, pallas_tpu
+
+
+def gradients(implementation, inputs, cotangent, **options):
+    f = functools.partial(halo_attention, implementation=implementation, **options)
+    return jax.jit(lambda inputs, cotangent: jax.vjp(f, *inputs)[1](cotangent))(inputs, cotangent)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    (
+        ({"h": 5}, "halo_size=5 is more than block_size=4"),
+        ({"channels": 96}, "96 channels per head neither divide 128 nor fit in there with all 3 heads"),
+        ({"height": 2000, "heads": 2, "channels": 64, "value_channels": 512}, "MiB of on-chip memory"),
+    ),
+)  # fmt: skip
+def test_unsupported_gives_a_reason(change, reason):
+    arguments = {"height": 8, "width": 8, "b": 4, "h": 1, "heads": 3, "channels": 8, "value_channels": 12, **change}
+    inputs = jax.eval_shape(lambda: make_inputs(0, **arguments))
+    options = {"block_size": arguments["b"], "halo_size": arguments["h"]}
+    assert reason in pallas_tpu.unsupported(*inputs[:3], **options)
+    with pytest.raises(ValueError, match=f'cannot do this: .*{reason}.*; use "blocked"'):
+        jax.eval_shape(functools.partial(halo_attention, implementation="pallas", **options), *inputs)
+
+
+def test_bfloat16_gradients_stay_at_rounding():
+    """Against float32 on the same inputs: within a few roundings of the largest entry, as "blocked" is."""
+    inputs = [x.astype(jnp.bfloat16) for x in make_inputs(0, 8, 16, 8, 3, heads=4, channels=16, value_channels=16)]
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((1, 8, 16, 4, 16)), jnp.bfloat16)
+    options = {"block_size": 8, "halo_size": 3}
+    exact = gradients("reference", [x.astype(jnp.float32) for x in inputs], cotangent.astype(jnp.float32), **options)
+    for ours, theirs in zip(gradients("pallas", inputs, cotangent, **options), exact):
+        assert ours.dtype == jnp.bfloat16
+        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=2**-7 * np.abs(theirs).max(), rtol=0)
+
+
+def test_each_device_attends_its_part_of_the_batch():
+    """Nothing is gathered; what is reduced are the tables' gradients."""
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    inputs = make_inputs(0, 8, 4, 4, 1, batch=4)
+    cotangent = jnp.ones((*inputs[0].shape[:4], 12))
+    cut, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P(("data", "fsdp")), jax.P()))
+    placed = jax.device_put((inputs, cotangent), ((cut, cut, cut, whole, whole), cut))
+
+    def run(inputs, cotangent):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return gradients("pallas", inputs, cotangent, block_size=4, halo_size=1)
+
+    compiled = jax.jit(run).lower(*placed).compile()
+    assert {collective.kind for collective in hlo.collectives(compiled.as_text())} == {"all-reduce"}
+    results = compiled(*placed)
+    assert [result.sharding.spec for result in results[:3]] == [jax.P(("data", "fsdp"))] * 3
+    expected = gradients("pallas", inputs, cotangent, block_size=4, halo_size=1)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), results, expected)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_compiles_for_tpu():
+    """Over two chips, forward and backward, in a process of its own: libtpu changes how signals are handled."""
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import topologies
+from halonet_jax.ops import halo_attention
+mesh = jax.sharding.Mesh(np.array(topologies.get_topology_desc("v5e:2x2", "tpu").devices[:2]), ("data",))
+def place(*shape, spec=jax.P("data")):
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=jax.NamedSharding(mesh, spec))
+def loss(*inputs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return halo_attention(*inputs, block_size=8, halo_size=3, implementation="pallas").astype(jnp.float32).sum()
+pixels, table = place(2, 16, 16, 4, 16), place(21, 8, spec=jax.P())
+traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4))).trace(pixels, pixels, pixels, table, table)
+text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+assert "halo_attention_backward" in text and "tpu_custom_call" in text and "all-gather" not in text
+"""
+    environment = dict(
+        os.environ, JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8",
+        TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
