@@ -54,7 +54,8 @@ def halo_attention(
             keeping their position's logit, as in timm). The paper does not say.
         logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
             tables divided by it.)
-        implementation: "blocked" (fast) or "reference" (slow, obvious, in float32).
+        implementation: "blocked" (fast anywhere), "pallas" (fused kernels for TPU, for the shapes to which
+            `pallas_tpu.unsupported` has no objection; interpreted elsewhere) or "reference" (slow, obvious, in float32).
 
     Returns:
         `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from halonet_jax.ops import pallas_kernels as kernels
 from halonet_jax.ops.pallas_kernels import LANES, SUBLANES, Axis, Plan
 
-# What v5e, v5p and v6e have at least; v4 has 16 MiB.
+# On-chip memory of a TPU that is not at hand: what v5e, v5p and v6e have at least. (v4 has 16 MiB.)
 VMEM_BYTES = 64 * 2**20
 
 
@@ -47,18 +47,19 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     return _unlay_out(plan, out, q.shape).astype(v.dtype)
 
 
-def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True, vmem_bytes=VMEM_BYTES) -> str | None:
+def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True, vmem_bytes=None) -> str | None:
     """Why the kernels cannot attend like this, or None where they can.
 
     Args:
         q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
-        vmem_bytes: on-chip memory of the chip that it is to run on.
+        vmem_bytes: on-chip memory of the chip that it is to run on; None: of this machine's TPU, or `VMEM_BYTES` without one.
     """
+    if vmem_bytes is None:
+        vmem_bytes = pltpu.get_tpu_info().vmem_capacity_bytes if jax.default_backend() == "tpu" else VMEM_BYTES
     heads, channels = k.shape[3:]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
-            raise_reason = f"{name} is {x.dtype}, not float32 or bfloat16"
-            return raise_reason
+            return f"{name} is {x.dtype}, not float32 or bfloat16"
     if block_size % stride:
         stride = 1
     axis = _axis(k.shape[2], block_size, halo_size, stride, masked)
