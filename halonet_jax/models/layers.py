@@ -1,5 +1,6 @@
 """Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ class HaloAttention(nn.Module):
         channels: width of queries and keys, over all heads.
         num_heads: must divide `channels` (into even parts) and `value_channels`.
         value_channels: width of values; None: as `channels`.
+        implementation: as of the operator; where "pallas" does not support a shape, "blocked" is taken and the reason logged.
         dtype: of the computation; parameters are float32.
     """
 
@@ -50,16 +52,29 @@ class HaloAttention(nn.Module):
 
         table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // 2)
         table_init = nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
+        q = project(x[:, :: self.stride, :: self.stride], self.channels, "query")
+        k = project(x, self.channels, "key")
+        v = project(x, value_channels, "value")
         out = ops.halo_attention(
-            project(x[:, :: self.stride, :: self.stride], self.channels, "query"),
-            project(x, self.channels, "key"),
-            project(x, value_channels, "value"),
+            q, k, v,
             self.param("rel_rows", table_init, table_shape),
             self.param("rel_cols", table_init, table_shape),
             block_size=self.block_size, halo_size=self.halo_size, stride=self.stride, window=self.window,
-            padding=self.padding, implementation=self.implementation,
+            padding=self.padding, implementation=self._implementation(q, k, v),
         )  # fmt: skip
         return out.reshape(*out.shape[:3], value_channels)
+
+    def _implementation(self, q, k, v):
+        if self.implementation != "pallas":
+            return self.implementation
+        reason = ops.pallas_unsupported(
+            q, k, v, block_size=self.block_size, halo_size=self.halo_size, stride=self.stride,
+            centered=self.window == "centered", masked=self.padding == "mask",
+        )  # fmt: skip
+        if reason is None:
+            return "pallas"
+        logging.getLogger(__name__).warning('%s: "blocked" instead of "pallas": %s', self.name, reason)
+        return "blocked"
 
 
 class BatchNorm(nn.Module):

@@ -9,5 +9,6 @@ Axis legend, the same everywhere in this package (lower case in einsums):
 """
 
 from halonet_jax.ops.halo_attention import halo_attention
+from halonet_jax.ops.pallas_tpu import unsupported as pallas_unsupported
 
-__all__ = ["halo_attention"]
+__all__ = ["halo_attention", "pallas_unsupported"]

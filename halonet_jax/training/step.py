@@ -1,5 +1,6 @@
 """The train step and the evaluation pass, as pure functions over the state."""
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -24,7 +25,7 @@ def make_train_step(
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm". Random numbers depend on the seed and the
-    step alone. With a `mesh`, weights that are shared out over it are gathered for use.
+    step alone. With a `mesh`, weights that are shared out over it are gathered for use, and kernels are cut over it.
     """
 
     def train_step(state, batch):
@@ -48,7 +49,8 @@ def _gradients(task, state, batch, rng, accumulation_steps, mesh):
 
     def compute(batch, rng):
         loss = lambda params: task.loss(_gathered(params, mesh), state.model_state, batch, rng)
-        (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        with _set(mesh):
+            (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         return (grads, model_state), {"loss": loss, **metrics}
 
     if accumulation_steps == 1:
@@ -74,12 +76,18 @@ def _gathered(params, mesh):
     return params if mesh is None else jax.lax.with_sharding_constraint(params, jax.NamedSharding(mesh, jax.P()))
 
 
+def _set(mesh):
+    """Makes the mesh known to operators that XLA cannot cut by itself."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callable[[Any, dict], dict]:
     """`((params, model_state), batch) -> sums`, see `Task.metrics`; to be jitted. `mesh` as in `make_train_step`."""
 
     def eval_step(weights, batch):
         params, model_state = weights
-        return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
+        with _set(mesh):
+            return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
 
     return eval_step
 

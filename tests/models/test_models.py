@@ -155,3 +155,9 @@ def test_regularisers_act_in_training_alone(option):
 def test_bad_arguments_name_value_and_rule(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         models.create(name, **overrides)
+
+
+def test_shapes_that_the_fused_kernels_cannot_do_fall_back(caplog):
+    layer = layers.HaloAttention(16, num_heads=2, block_size=2, halo_size=3, implementation="pallas")
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
+    assert '"blocked" instead of "pallas": halo_size=3 is more than block_size=2' in caplog.text
