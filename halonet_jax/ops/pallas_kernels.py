@@ -124,7 +124,8 @@ def forward_kernel(plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, out_ref, l
     step = pl.program_id(2)
     lookahead = int(plan.cols.halo > 0)
     column = step - lookahead
-    fresh = [_enter(plan, band, ref, step) for band, ref in ((k_band, k_ref), (v_band, v_ref))]
+    for band, ref in ((k_band, k_ref), (v_band, v_ref)):
+        _enter(plan, band, ref, step)
 
     def attend_block(i, _):
         q, k = _queries(plan, q_ref, i), _window(plan, k_band, i)
@@ -147,8 +148,8 @@ def forward_kernel(plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, out_ref, l
     def _():
         lax.fori_loop(0, plan.rows.blocks, attend_block, None)
 
-    for band, new in zip((k_band, v_band), fresh):
-        _leave(plan, band, new)
+    for band, ref in ((k_band, k_ref), (v_band, v_ref)):
+        _leave(plan, band, ref, step)
 
 
 def backward_kernel(
@@ -166,7 +167,8 @@ def backward_kernel(
     lookahead = int(plan.cols.halo > 0)
     column = step - lookahead
     dtype = jnp.dtype(plan.dtype)
-    fresh = [_enter(plan, band, ref, step) for band, ref in ((k_band, k_ref), (v_band, v_ref))]
+    for band, ref in ((k_band, k_ref), (v_band, v_ref)):
+        _enter(plan, band, ref, step)
 
     @pl.when(step == 0)
     def _():
@@ -209,8 +211,8 @@ def backward_kernel(
     def _():
         lax.fori_loop(0, plan.rows.blocks, attend_block, None)
 
-    for band, new in zip((k_band, v_band), fresh):
-        _leave(plan, band, new)
+    for band, ref in ((k_band, k_ref), (v_band, v_ref)):
+        _leave(plan, band, ref, step)
     for band, ref, pending in zip((dk_band, dv_band), (dk_ref, dv_ref), done or (None, None)):
         _leave_gradient(plan, band, ref, pending)
 
@@ -223,21 +225,23 @@ def _enter(plan, band, ref, step):
     def _():
         band[...] = jnp.zeros(band.shape, band.dtype)
 
-    fresh = ref[...].astype(band.dtype)
-    if not axis.halo:
-        band[rows, : axis.block] = fresh
-        return fresh
-    fresh = jnp.where(step < axis.blocks, fresh, 0)  # right of the map
-    band[rows, axis.halo + axis.block : axis.keys] = fresh[:, : axis.halo]
-    return fresh
+    if axis.halo:
+        band[rows, axis.halo + axis.block : axis.keys] = _fresh(plan, ref, step)[:, : axis.halo]
+    else:
+        band[rows, : axis.block] = _fresh(plan, ref, step)
 
 
-def _leave(plan, band, fresh):
+def _leave(plan, band, ref, step):
     """Moves the band on by a block."""
     axis, rows = plan.cols, _map_rows(plan)
     if axis.halo:
         end = axis.halo + axis.block
-        band[rows, :end] = jnp.concatenate([band[rows, axis.block : end], fresh], axis=1)
+        band[rows, :end] = jnp.concatenate([band[rows, axis.block : end], _fresh(plan, ref, step)], axis=1)
+
+
+def _fresh(plan, ref, step):
+    """The column of blocks that a step brings, 0 right of the map. Read anew where needed: holding it would take room."""
+    return jnp.where(step < plan.cols.blocks, ref[...].astype(jnp.float32), 0)
 
 
 def _leave_gradient(plan, band, ref, done):
