@@ -50,7 +50,7 @@ def imagenet() -> ml_collections.ConfigDict:
     m.zero_init_residual = True  # each block starts as its shortcut; not stated
     m.padding = "mask"  # out-of-image keys: "mask" or "zero"; not stated
     m.window = "neighborhood"  # "neighborhood" (the paper) or "centered" (SASA)
-    m.attention_impl = "blocked"  # "blocked", "pallas" (fused kernels, for TPU) or "reference"
+    m.attention_impl = "auto"  # the fastest by device and shape; or "xla", "pallas" (fused kernels, for TPU), "reference"
     m.remat = False  # recompute each block's activations in the backward pass
     m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more memory (docs/tpu_sizing.md)
     # None: as the named variant has it (models/variants.py says what each means).
@@ -245,7 +245,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     _one_of(config, "model.dtype", DTYPES)
     _one_of(config, "model.padding", ("mask", "zero"))
     _one_of(config, "model.window", ("neighborhood", "centered"))
-    _one_of(config, "model.attention_impl", ("blocked", "pallas", "reference"))
+    _one_of(config, "model.attention_impl", ("auto", "xla", "pallas", "reference"))
     _one_of(config, "data.source", SOURCES)
     _one_of(config, "data.on_corrupt", ("skip", "stop"))
     _one_of(config, "optimizer.name", OPTIMIZERS)

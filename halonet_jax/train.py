@@ -134,7 +134,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
         print(
             f"{config.model.name}: {parameters:,} parameters, {len(train_source):,} images, {train_source.num_classes} classes; "
             f"step {start_step} of {last_step}, batch {config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} "
-            f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(mesh.shape)}",
+            f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(mesh.shape)}\n  {program.description}",
             flush=True,
         )
     reporter = reporting.Reporter(

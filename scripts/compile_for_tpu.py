@@ -72,6 +72,7 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     tell("compiling the eval step as far as its memory …")
     evaluation = tpu_compile.compile_step(config, topology, "eval")
     tell("done")
+    print(train["description"])
     eval_batch_size = config.eval_batch_size or config.batch_size
     report("train step", train, chip)
     report("eval step", evaluation, chip)

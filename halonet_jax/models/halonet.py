@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from halonet_jax import ops
 from halonet_jax.models import layers
 
 ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
@@ -84,7 +85,7 @@ class Backbone(nn.Module):
     zero_init_residual: bool = True
     padding: str = "mask"
     window: str = "neighborhood"
-    attention_impl: str = "blocked"
+    attention_impl: str = "auto"
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
@@ -94,6 +95,26 @@ class Backbone(nn.Module):
             layers.BatchNorm, use_running_average=not train, group_size=self.bn_group_size, momentum=self.bn_momentum,
             epsilon=self.bn_epsilon, dtype=self.dtype,
         )  # fmt: skip
+
+    def attention(self, stage):
+        width = self.base_width * 2**stage
+        return functools.partial(
+            layers.HaloAttention, channels=width, num_heads=self.num_heads[stage], block_size=self.block_size,
+            halo_size=self.halo_size, value_channels=int(width * self.value_ratio), window=self.window, padding=self.padding,
+            implementation=self.attention_impl, dtype=self.dtype,
+        )  # fmt: skip
+
+    @nn.nowrap
+    def attention_choices(self, batch: int, height: int, width: int) -> list[tuple[int, int, ops.Choice]]:
+        """What attends in the blocks of each stage, by `ops.choose`: (stage, number of blocks, choice), for images of this size."""
+        found, height, width = [], -(-height // 4), -(-width // 4)
+        for stage, depth in enumerate(self.stage_sizes):
+            for stride, count in ((1 if stage == 0 else 2, 1), (1, depth - 1)):
+                if self.stage_kinds[stage] == "attention" and count:
+                    layer = self.attention(stage)(stride=stride, parent=None)
+                    found.append((stage + 1, count, layer.choose(batch, height, width)))
+                height, width = -(-height // stride), -(-width // stride)
+        return found
 
     @nn.compact
     def __call__(self, images, train: bool):
@@ -121,15 +142,10 @@ class Backbone(nn.Module):
 
     def _stage(self, x, stage, rates, norm, activation, drop):
         width, kind = self.base_width * 2**stage, self.stage_kinds[stage]
-        attention = functools.partial(
-            layers.HaloAttention, channels=width, num_heads=self.num_heads[stage], block_size=self.block_size,
-            halo_size=self.halo_size, value_channels=int(width * self.value_ratio), window=self.window, padding=self.padding,
-            implementation=self.attention_impl, dtype=self.dtype,
-        )  # fmt: skip
         block = functools.partial(
             nn.remat(Bottleneck, prevent_cse=not self.scan) if self.remat else Bottleneck,
             kind=kind, width=width, out_width=int(width * self.expansion_ratio), activation=activation, norm=norm,
-            attention=attention, se_ratio=self.se_ratio if kind in self.se_kinds else 0.0,
+            attention=self.attention(stage), se_ratio=self.se_ratio if kind in self.se_kinds else 0.0,
             zero_init_residual=self.zero_init_residual, drop=drop, dtype=self.dtype,
         )  # fmt: skip
         x = block(stride=1 if stage == 0 else 2, name=f"stage{stage + 1}_block1")(x, rates[0])
@@ -151,6 +167,19 @@ class HaloNet(nn.Module):
     num_classes: int
     final_width: int = 0
     dropout_rate: float = 0.0
+
+    @nn.nowrap
+    def describe(self, batch: int, height: int, width: int) -> str:
+        """One line on what attends, and why, on the devices of `ops.device`, for images of this size."""
+        choices, parts, texts = self.backbone.attention_choices(batch, height, width), {}, []
+        depth = sum(count for _, count, _ in choices)
+        for stage, count, choice in choices:
+            parts.setdefault(choice, []).append((stage, count))
+        for choice, blocks in parts.items():
+            stages = ", ".join(dict.fromkeys(str(stage) for stage, _ in blocks))
+            why = f" (stages {stages}: {choice.reason})" if choice.reason else ""
+            texts.append(f"{choice.implementation} for {sum(count for _, count in blocks)} of {depth} layers{why}")
+        return f"attention on {ops.device().device_kind}: {'; '.join(texts) or 'none'}"
 
     def features(self, images, train: bool = False):
         """The four maps of `Backbone`, at strides 4, 8, 16, 32."""

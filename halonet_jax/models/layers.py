@@ -22,7 +22,8 @@ class HaloAttention(nn.Module):
         channels: width of queries and keys, over all heads.
         num_heads: must divide `channels` (into even parts) and `value_channels`.
         value_channels: width of values; None: as `channels`.
-        implementation: as of the operator; where "pallas" does not support a shape, "blocked" is taken and the reason logged.
+        implementation: as of the operator; where "pallas" does not support a shape, "xla" is taken and the reason logged.
+            Parameters are the same for all.
         dtype: of the computation; parameters are float32.
     """
 
@@ -34,7 +35,7 @@ class HaloAttention(nn.Module):
     stride: int = 1
     window: str = "neighborhood"
     padding: str = "mask"
-    implementation: str = "blocked"
+    implementation: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -52,29 +53,37 @@ class HaloAttention(nn.Module):
 
         table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // 2)
         table_init = nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
-        q = project(x[:, :: self.stride, :: self.stride], self.channels, "query")
-        k = project(x, self.channels, "key")
-        v = project(x, value_channels, "value")
         out = ops.halo_attention(
-            q, k, v,
+            project(x[:, :: self.stride, :: self.stride], self.channels, "query"),
+            project(x, self.channels, "key"),
+            project(x, value_channels, "value"),
             self.param("rel_rows", table_init, table_shape),
             self.param("rel_cols", table_init, table_shape),
             block_size=self.block_size, halo_size=self.halo_size, stride=self.stride, window=self.window,
-            padding=self.padding, implementation=self._implementation(q, k, v),
+            padding=self.padding, implementation=self._implementation(x.shape),
         )  # fmt: skip
         return out.reshape(*out.shape[:3], value_channels)
 
-    def _implementation(self, q, k, v):
-        if self.implementation != "pallas":
-            return self.implementation
-        reason = ops.pallas_unsupported(
-            q, k, v, block_size=self.block_size, halo_size=self.halo_size, stride=self.stride,
-            centered=self.window == "centered", masked=self.padding == "mask",
+    def _implementation(self, shape):
+        if self.is_initializing():  # Parameters alone matter, and are the same.
+            return "xla"
+        choice = self.choose(*shape[:3])
+        if choice.reason:
+            level = logging.INFO if self.implementation == "auto" else logging.WARNING
+            logging.getLogger(__name__).log(level, '%s: "xla" instead of "pallas": %s', self.name, choice.reason)
+        return choice.implementation
+
+    @nn.nowrap
+    def choose(self, batch: int, height: int, width: int) -> ops.Choice:
+        """The implementation that attends a map of this size, and why it is not the fused kernels."""
+        split = lambda stride, channels: jax.ShapeDtypeStruct(
+            (batch, -(-height // stride), -(-width // stride), self.num_heads, channels // self.num_heads), self.dtype
+        )
+        return ops.choose(
+            self.implementation, split(self.stride, self.channels), split(1, self.channels),
+            split(1, self.value_channels or self.channels), block_size=self.block_size, halo_size=self.halo_size,
+            stride=self.stride, centered=self.window == "centered", masked=self.padding == "mask",
         )  # fmt: skip
-        if reason is None:
-            return "pallas"
-        logging.getLogger(__name__).warning('%s: "blocked" instead of "pallas": %s', self.name, reason)
-        return "blocked"
 
 
 class BatchNorm(nn.Module):

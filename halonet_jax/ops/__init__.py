@@ -9,6 +9,6 @@ Axis legend, the same everywhere in this package (lower case in einsums):
 """
 
 from halonet_jax.ops.halo_attention import halo_attention
-from halonet_jax.ops.pallas_tpu import unsupported as pallas_unsupported
+from halonet_jax.ops.selection import Choice, choose, device
 
-__all__ = ["halo_attention", "pallas_unsupported"]
+__all__ = ["Choice", "choose", "device", "halo_attention"]

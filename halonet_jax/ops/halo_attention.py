@@ -2,9 +2,9 @@
 
 import jax
 
-from halonet_jax.ops import blocked, pallas_tpu, reference
+from halonet_jax.ops import pallas_tpu, reference, selection, xla
 
-IMPLEMENTATIONS = {"blocked": blocked.attend, "pallas": pallas_tpu.attend, "reference": reference.attend}
+IMPLEMENTATIONS = {"xla": xla.attend, "pallas": pallas_tpu.attend, "reference": reference.attend}
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
@@ -22,7 +22,7 @@ def halo_attention(
     window: str = "neighborhood",
     padding: str = "mask",
     logits_scale: float | None = None,
-    implementation: str = "blocked",
+    implementation: str = "auto",
 ) -> jax.Array:
     """Attends from every query pixel to the neighbourhood of the block that it lies in.
 
@@ -54,8 +54,9 @@ def halo_attention(
             keeping their position's logit, as in timm). The paper does not say.
         logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
             tables divided by it.)
-        implementation: "blocked" (fast anywhere), "pallas" (fused kernels for TPU, for the shapes to which
-            `pallas_tpu.unsupported` has no objection; interpreted elsewhere) or "reference" (slow, obvious, in float32).
+        implementation: "auto" (the fastest, by `selection`), "xla" (fast anywhere), "pallas" (fused kernels for TPU, for the
+            shapes to which `pallas_tpu.unsupported` has no objection; interpreted elsewhere, which is slow) or "reference" (slow,
+            obvious, in float32).
 
     Returns:
         `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;
@@ -69,15 +70,17 @@ def halo_attention(
         logits_scale = q.shape[-1] ** -0.5
     if not logits_scale > 0:
         raise ValueError(f"logits_scale={logits_scale!r} must be more than 0")
-    return IMPLEMENTATIONS[implementation](
-        q, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=stride,
-        centered=window == "centered", masked=padding == "mask", logits_scale=logits_scale,
-    )  # fmt: skip
+    options = dict(
+        block_size=block_size, halo_size=halo_size, stride=stride, centered=window == "centered", masked=padding == "mask"
+    )
+    if implementation == "auto":
+        implementation = selection.choose("auto", q, k, v, **options).implementation
+    return IMPLEMENTATIONS[implementation](q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
 
 
 def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
     for name, value, known in (
-        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, tuple(IMPLEMENTATIONS))
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, ("auto", *IMPLEMENTATIONS))
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")

@@ -7,6 +7,7 @@ goes into the kernel is kept, and the log-sum-exp of each query.
 
 import functools
 import math
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,7 @@ from jax.sharding import PartitionSpec as P
 from halonet_jax.ops import pallas_kernels as kernels
 from halonet_jax.ops.pallas_kernels import LANES, SUBLANES, Axis, Plan
 
-# On-chip memory of a TPU that is not at hand: what v5e, v5p and v6e have at least. (v4 has 16 MiB.)
-VMEM_BYTES = 64 * 2**20
+VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
 
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
@@ -32,9 +32,11 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = unsupported(q, k, v, **options)
     if reason:
-        raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "blocked"')
+        raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
+    if _interpreted():
+        warnings.warn('implementation="pallas" is interpreted on this device, which is slow; use "auto"', stacklevel=3)
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q.astype(k.dtype))
+        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
         out = attend(dense, k, v, rel_rows, rel_cols, **dict(options, stride=1), logits_scale=logits_scale)
         return out[:, ::stride, ::stride]
     plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
@@ -47,15 +49,12 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     return _unlay_out(plan, out, q.shape).astype(v.dtype)
 
 
-def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True, vmem_bytes=None) -> str | None:
-    """Why the kernels cannot attend like this, or None where they can.
+def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
+    """Why the kernels cannot attend like this on the TPU that the program is traced for, or None where they can.
 
-    Args:
-        q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
-        vmem_bytes: on-chip memory of the chip that it is to run on; None: of this machine's TPU, or `VMEM_BYTES` without one.
+    q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`. That TPU is the mesh's, which need
+    not be at hand (see `selection.device`).
     """
-    if vmem_bytes is None:
-        vmem_bytes = pltpu.get_tpu_info().vmem_capacity_bytes if jax.default_backend() == "tpu" else VMEM_BYTES
     heads, channels = k.shape[3:]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -72,10 +71,17 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
     )
     if plan.heads * plan.channels > LANES and plan.key_lanes != LANES:
         return f"{heads} heads of {channels} channels do not fill whole registers of {LANES} lanes"
-    needed = vmem_estimate(plan, backward=True)
-    if needed > vmem_bytes:
-        return f"the backward pass would take {needed / 2**20:.0f} MiB of on-chip memory, of {vmem_bytes / 2**20:.0f}"
+    needed, there = (
+        vmem_estimate(plan, backward=True),
+        VMEM_BYTES if _interpreted() else pltpu.get_tpu_info().vmem_capacity_bytes,
+    )
+    if needed > there:
+        return f"the backward pass would take {needed / 2**20:.0f} MiB of on-chip memory, of {there / 2**20:.0f}"
     return None
+
+
+def _interpreted():
+    return not pltpu.is_tpu_device()
 
 
 def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:
@@ -213,18 +219,18 @@ def _per_device(run, arrays, results, whole):
     `jax.sharding.use_abstract_mesh` has set. Without a mesh, or where it does not divide the batch, there is no cut: several TPUs
     then are an error of JAX. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52 does not know it.)
     """
-
-    def call(*arrays):
-        tpu, other = (functools.partial(run, interpret) for interpret in (False, True))
-        return jax.lax.platform_dependent(*arrays, tpu=tpu, default=other)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
+    run, mesh = functools.partial(run, _interpreted()), jax.sharding.get_abstract_mesh()
+    axes = cut_axes(mesh)
     if not axes or arrays[0].shape[0] % math.prod(mesh.shape[name] for name in axes):
-        return call(*arrays)
+        return run(*arrays)
     specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
     # Kernels do not say over which axes their results vary.
-    return jax.shard_map(call, in_specs=specs, out_specs=(P(axes),) * results, axis_names=set(axes), check_vma=False)(*arrays)
+    return jax.shard_map(run, in_specs=specs, out_specs=(P(axes),) * results, axis_names=set(axes), check_vma=False)(*arrays)
+
+
+def cut_axes(mesh) -> tuple[str, ...]:
+    """The axes of a mesh that batches are cut over, which are all that no surrounding `shard_map` has cut already."""
+    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
 def _run_forward(plan, interpret, q, k, v, tables, shifts):

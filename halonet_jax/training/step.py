@@ -1,6 +1,5 @@
 """The train step and the evaluation pass, as pure functions over the state."""
 
-import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from halonet_jax.training import sharding
 from halonet_jax.training.state import TrainState
 from halonet_jax.training.task import Task
 
@@ -49,7 +49,7 @@ def _gradients(task, state, batch, rng, accumulation_steps, mesh):
 
     def compute(batch, rng):
         loss = lambda params: task.loss(_gathered(params, mesh), state.model_state, batch, rng)
-        with _set(mesh):
+        with sharding.use(mesh):
             (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         return (grads, model_state), {"loss": loss, **metrics}
 
@@ -76,17 +76,12 @@ def _gathered(params, mesh):
     return params if mesh is None else jax.lax.with_sharding_constraint(params, jax.NamedSharding(mesh, jax.P()))
 
 
-def _set(mesh):
-    """Makes the mesh known to operators that XLA cannot cut by itself."""
-    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
-
-
 def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callable[[Any, dict], dict]:
     """`((params, model_state), batch) -> sums`, see `Task.metrics`; to be jitted. `mesh` as in `make_train_step`."""
 
     def eval_step(weights, batch):
         params, model_state = weights
-        with _set(mesh):
+        with sharding.use(mesh):
             return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
 
     return eval_step

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from halonet_jax.ops import halo_attention
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is interpreted on this device")
+
 
 def make_inputs(seed, height, width, b, h, stride=1, heads=2, channels=8, value_channels=12, full_width=False, batch=1):
     rng = np.random.default_rng(seed)
@@ -66,7 +68,7 @@ PALLAS = (
     ((3, 5, 8, 3), 2, {}), ((3, 5, 8, 3), 1, VARIANTS[2]), ((1, 1, 4, 1), 1, {}), ((6, 6, 3, 0), 1, {}), ((3, 4, 1, 1), 1, {}),
     ((5, 9, 4, 1), 1, WIDE[0]), ((5, 9, 4, 1), 2, WIDE[1]),
 )  # fmt: skip
-CASES = [("blocked", *case) for case in itertools.product(SIZES, (1, 2), VARIANTS)] + [("pallas", *case) for case in PALLAS]
+CASES = [("xla", *case) for case in itertools.product(SIZES, (1, 2), VARIANTS)] + [("pallas", *case) for case in PALLAS]
 
 
 @pytest.mark.parametrize("implementation, size, stride, variant", CASES, ids=str)
@@ -103,8 +105,8 @@ def test_random_shapes_agree(data):
         draw(0, 9), height, width, b, h, stride, heads, channels, value_channels, data.draw(st.booleans()), batch=1
     )
     f = functools.partial(halo_attention, block_size=b, halo_size=h, stride=stride, **options)
-    blocked, reference = jax.jit(lambda *x: (f(*x), f(*x, implementation="reference")))(*inputs)
-    np.testing.assert_allclose(blocked, reference, atol=1e-5, rtol=0)
+    xla, reference = jax.jit(lambda *x: (f(*x), f(*x, implementation="reference")))(*inputs)
+    np.testing.assert_allclose(xla, reference, atol=1e-5, rtol=0)
 
 
 def test_block_over_the_map_is_global_attention():
@@ -131,7 +133,7 @@ def test_stride_keeps_every_second_query_of_the_same_neighborhoods():
     np.testing.assert_allclose(f(q[:, ::2, ::2], k, v, *tables, stride=2), f(q, k, v, *tables)[:, ::2, ::2], atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ("blocked", "pallas"))
+@pytest.mark.parametrize("implementation", ("xla", "pallas"))
 def test_bfloat16_inputs_have_float32_softmax(implementation):
     """Error stays at the rounding of weights and output, with logits near 60 where bfloat16 has steps of 0.25."""
     q, k, v, rel_rows, rel_cols = make_inputs(0, 16, 16, 8, 3, channels=32, value_channels=16)

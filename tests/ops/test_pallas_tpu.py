@@ -15,6 +15,8 @@ from test_halo_attention import make_inputs
 from halonet_jax.analysis import hlo
 from halonet_jax.ops import halo_attention, pallas_tpu
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is interpreted on this device")
+
 
 def gradients(implementation, inputs, cotangent, **options):
     f = functools.partial(halo_attention, implementation=implementation, **options)
@@ -34,12 +36,12 @@ def test_unsupported_gives_a_reason(change, reason):
     inputs = jax.eval_shape(lambda: make_inputs(0, **arguments))
     options = {"block_size": arguments["b"], "halo_size": arguments["h"]}
     assert reason in pallas_tpu.unsupported(*inputs[:3], **options)
-    with pytest.raises(ValueError, match=f'cannot do this: .*{reason}.*; use "blocked"'):
+    with pytest.raises(ValueError, match=f'cannot do this: .*{reason}.*; use "auto"'):
         jax.eval_shape(functools.partial(halo_attention, implementation="pallas", **options), *inputs)
 
 
 def test_bfloat16_gradients_stay_at_rounding():
-    """Against float32 on the same inputs: within a few roundings of the largest entry, as "blocked" is."""
+    """Against float32 on the same inputs: within a few roundings of the largest entry, as "xla" is."""
     inputs = [x.astype(jnp.bfloat16) for x in make_inputs(0, 8, 16, 8, 3, heads=4, channels=16, value_channels=16)]
     cotangent = jnp.asarray(np.random.default_rng(1).standard_normal((1, 8, 16, 4, 16)), jnp.bfloat16)
     options = {"block_size": 8, "halo_size": 3}

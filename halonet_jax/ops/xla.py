@@ -1,4 +1,4 @@
-"""Halo attention over blocks, mapped over rows of blocks so that a whole map's logits never stand in memory.
+"""Halo attention by einsums that XLA compiles, mapped over rows of blocks so that a whole map's logits never stand in memory.
 
 All logits of a block come from one matrix product. Queries are extended by their logits for each row and each column of
 the neighbourhood, keys by one-hot codes of their row and column, so that

@@ -1,0 +1,59 @@
+"""Which implementation attends: decided by the kind of device that a program is traced for, and by the shapes."""
+
+import math
+from typing import NamedTuple
+
+import jax
+
+from halonet_jax.ops import pallas_tpu
+
+# Platforms whose fused kernels "auto" takes wherever `unsupported` has no objection; elsewhere it takes "xla". What decided it:
+# tpu: traffic and memory by the TPU compiler, docs/performance.md. cpu: kernels are interpreted there, for tests alone.
+# gpu: no kernel yet.
+FUSED = {"tpu": pallas_tpu}
+
+
+class Choice(NamedTuple):
+    """An implementation ("xla", "pallas" or "reference"), and why it is not the fused kernels where it might have been."""
+
+    implementation: str
+    reason: str = ""
+
+
+def choose(implementation: str, q, k, v, *, block_size, halo_size, stride, centered, masked) -> Choice:
+    """What "auto" comes to, and what "pallas" comes to in a model, where other layers may do what this one cannot.
+
+    q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`.
+    """
+    if implementation not in ("auto", "pallas"):
+        return Choice(implementation)
+    kernels = FUSED.get(device().platform)
+    if implementation == "auto":
+        if kernels is None:
+            return Choice("xla")
+        if reason := _uncut(q.shape[0]):
+            return Choice("xla", reason)
+    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    reason = (kernels or pallas_tpu).unsupported(q, k, v, **options)
+    return Choice("xla", reason) if reason else Choice("pallas")
+
+
+def device():
+    """What programs are traced for, with `platform` and `device_kind`.
+
+    The devices of the mesh that `jax.set_mesh` or `jax.sharding.use_abstract_mesh` has set, which need not be at hand; without a
+    mesh, JAX's default device.
+    """
+    default = jax.config.jax_default_device  # a device, the name of a platform, or None
+    found = jax.sharding.get_abstract_mesh().abstract_device or default
+    return found if hasattr(found, "platform") else jax.local_devices(backend=default)[0]
+
+
+def _uncut(batch):
+    """Why a kernel could not be cut over the devices: XLA cannot do it by itself, as it can with the einsum."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        count = jax.device_count()
+        return f"of {count} devices, no mesh is set; jax.set_mesh says how to cut the batch" if count > 1 else None
+    count = math.prod(mesh.shape[name] for name in pallas_tpu.cut_axes(mesh))
+    return f"a batch of {batch} does not divide over {count} devices" if batch % count else None
