@@ -189,7 +189,7 @@ def _line(store, recipe, parsed):
         cells += ["nothing compiled yet", "", "", "", ""]
     if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, quick=False):
         settings, record = timed[0]
-        seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
+        seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
         rate = config.batch_size / seconds
         hours = EPOCHS * IMAGES / rate / 3600
         cells += [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]
