@@ -1,7 +1,7 @@
 """Compiles the fused attention kernels for TPU chips, without a TPU, for every attention layer of HaloNet H0 to H7.
 
     pip install -e ".[compile_check]"
-    python scripts/kernel_table.py --chips=v5e,v5p [--models=h1,h4] [--batch=2] [--traffic]
+    python scripts/kernel_table.py --chips=v5e,v5p [--models=h1,h4] [--batch=2] [--traffic | --floors]
 
 Prints, for each shape, whether forward and backward pass compile, the on-chip memory that they take, and how long that took.
 `--traffic` adds bytes to and from main memory, in MB: of the kernels by their specs; of the whole layer, with what XLA does
@@ -9,6 +9,9 @@ around them, by the compiler; of implementation "xla", by the compiler; and the 
 tables read once and the output written once. The gradient is of both passes: its least has, for the backward pass, q, k, v, the
 tables and the output's gradient read once and four gradients written once. Use a batch of 64 or more then: the compiler puts
 small arrays into on-chip memory, where its bytes do not count them.
+
+`--floors` compiles nothing. It prints what no implementation can beat: the least bytes over the bandwidth, multiply-adds over the
+matrix units' rate, and exponentials over one register of 1,024 a cycle and core, in µs an image.
 """
 
 import functools
@@ -38,6 +41,7 @@ _MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6",
 _BATCH = flags.DEFINE_integer("batch", 2, "Images on the chip.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of q, k and v.")
 _TRAFFIC = flags.DEFINE_bool("traffic", False, "Counts bytes too.")
+_FLOORS = flags.DEFINE_bool("floors", False, "Prints floors alone.")
 
 SLICES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 # Image sizes of the paper's table 3.
@@ -72,11 +76,30 @@ def main(_) -> int:
                 print(f"{name} {label:18s} as {seen[key]}", flush=True)
                 continue
             seen[key] = label
+            if _FLOORS.value:
+                print(f"{name} {label:18s} {floors(chip, **shape)}")
+                continue
             with jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device], "data").abstract_mesh):
                 text, ok = report(device, **shape)
             failed += not ok
             print(f"{name} {label:18s} {' '.join(f'{k}={v}' for k, v in shape.items())}: {text}", flush=True)
     return 1 if failed else 0
+
+
+def floors(chip, size, stride, heads, channels, values, block_size, halo_size) -> str:
+    """What one image takes at least. Each probability is computed twice, in the forward pass and for the backward pass."""
+    queries, itemsize = (-(-size // stride)) ** 2, jnp.dtype(_DTYPE.value).itemsize
+    inputs, out = heads * (queries * channels + size**2 * (channels + values)), heads * queries * values
+    window = size if block_size >= size else block_size + 2 * halo_size
+    logits = heads * queries * window**2
+    words = []
+    for kind, arrays, products, times in (
+        ("forward", inputs + out, channels + values, 1), ("gradient", 3 * inputs + 2 * out, 4 * channels + 3 * values, 2)
+    ):  # fmt: skip
+        exponentials = times * logits / (1024 * chip.clock * chip.cores_per_device)
+        seconds = arrays * itemsize / chip.bandwidth, 2 * logits * products / chip.flops, exponentials
+        words.append(kind + " bytes {:.2f}, multiply-adds {:.2f}, exponentials {:.2f} µs".format(*1e6 * np.array(seconds)))
+    return "; ".join(words)
 
 
 def report(device, size, stride, heads, channels, values, block_size, halo_size) -> tuple[str, bool]:

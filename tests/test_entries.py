@@ -52,7 +52,8 @@ def test_training_writes_all_that_it_promises(finished):
 def test_training_prints_progress_and_where_everything_is(finished):
     workdir, done = finished
     assert not done.stderr
-    first, started, *progress = done.stdout.splitlines()
+    first, attention, started, *progress = done.stdout.splitlines()
+    assert re.fullmatch(r"  attention on cpu: xla for \d+ of \d+ layers", attention)
     assert "1,437 images, 10 classes; step 0 of 12, batch 32 on 1 cpu" in first
     parts = re.findall(r"([a-z ]+?) (\d+\.\d)(?:,|$)", started.partition(": ")[2])
     assert [name.strip() for name, _ in parts] == [

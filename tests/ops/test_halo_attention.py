@@ -65,9 +65,9 @@ VARIANTS = (
 # groups in a chunk.
 WIDE = {"heads": 4, "channels": 64, "value_channels": 12}, {"heads": 3, "channels": 8, "value_channels": 80}
 PALLAS = (
-    ((9, 16, 8, 3), 1, {}), ((7, 10, 4, 1), 1, VARIANTS[1]), ((7, 5, 3, 1), 2, VARIANTS[1]),
+    ((9, 16, 8, 3), 1, {}), ((7, 10, 4, 1), 1, VARIANTS[1]), ((7, 5, 3, 1), 2, VARIANTS[1]), ((5, 9, 4, 1), 1, WIDE[0]),
     ((3, 5, 8, 3), 2, {}), ((3, 5, 8, 3), 1, VARIANTS[2]), ((1, 1, 4, 1), 1, {}), ((6, 6, 3, 0), 1, {}), ((3, 4, 1, 1), 1, {}),
-    ((3, 2, 4, 4), 2, {"padding": "zero"}), ((9, 7, 4, 2), 2, VARIANTS[2]), ((4, 4, 4, 2), 1, VARIANTS[1]), ((5, 9, 4, 1), 1, WIDE[0]),
+    ((3, 2, 4, 4), 2, {"padding": "zero"}), ((9, 7, 4, 2), 2, VARIANTS[2]), ((4, 4, 4, 2), 1, VARIANTS[1]),
     ((5, 9, 4, 1), 2, WIDE[1]),
 )  # fmt: skip
 CASES = [("xla", *case) for case in itertools.product(SIZES, (1, 2), VARIANTS)] + [("pallas", *case) for case in PALLAS]
