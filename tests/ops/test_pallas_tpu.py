@@ -2,6 +2,8 @@
 
 import functools
 import importlib.util
+import itertools
+import math
 import os
 import subprocess
 import sys
@@ -49,6 +51,29 @@ def test_bfloat16_gradients_stay_at_rounding():
     for ours, theirs in zip(gradients("pallas", inputs, cotangent, **options), exact):
         assert ours.dtype == jnp.bfloat16
         np.testing.assert_allclose(ours.astype(jnp.float32), theirs, atol=2**-7 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize("halo", (0, 2))
+def test_every_byte_moves_once(monkeypatch, halo):
+    """By the pipeline's rule: a block is copied where its index differs from that of the grid step before."""
+    calls = []
+
+    def pallas_call(kernel, *, grid, in_specs, out_specs, out_shape, **rest):
+        def run(*arrays):
+            calls.append((grid, (*zip(in_specs, arrays), *zip(out_specs, out_shape))))
+            return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+        return run
+
+    monkeypatch.setattr(pallas_tpu.pl, "pallas_call", pallas_call)
+    inputs = make_inputs(0, 5, 9, 4, halo, batch=2, heads=4, channels=64, value_channels=64)
+    gradients("pallas", inputs, jnp.ones((2, 5, 9, 4, 64)), block_size=4, halo_size=halo)
+    assert [grid for grid, _ in calls] == [(2, 2, 3 + (halo > 0)), (2, 2, 3 + 2 * (halo > 0))]
+    for grid, arrays in calls:
+        for spec, x in arrays:
+            indices = [tuple(map(int, spec.index_map(*step))) for step in np.ndindex(grid)]
+            copies = 1 + sum(a != b for a, b in itertools.pairwise(indices))
+            assert copies * math.prod(n or 1 for n in spec.block_shape) == math.prod(x.shape)
 
 
 def test_each_device_attends_its_part_of_the_batch():
