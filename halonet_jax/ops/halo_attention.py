@@ -2,9 +2,9 @@
 
 import jax
 
-from halonet_jax.ops import pallas_tpu, reference, selection, xla
+from halonet_jax.ops import reference, selection, xla
 
-IMPLEMENTATIONS = {"xla": xla.attend, "pallas": pallas_tpu.attend, "reference": reference.attend}
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "reference")
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
@@ -75,12 +75,13 @@ def halo_attention(
     )
     if implementation == "auto":
         implementation = selection.choose("auto", q, k, v, **options).implementation
-    return IMPLEMENTATIONS[implementation](q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
+    module = {"xla": xla, "pallas": selection.fused(), "reference": reference}[implementation]
+    return module.attend(q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
 
 
 def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
     for name, value, known in (
-        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, ("auto", *IMPLEMENTATIONS))
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, IMPLEMENTATIONS)
     ):  # fmt: skip
         if value not in known:
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from halonet_jax.ops import pallas_kernels as kernels
 from halonet_jax.ops.pallas_kernels import LANES, SUBLANES, Axis, Plan
+from halonet_jax.ops.per_device import per_device
 
 VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
 
@@ -182,7 +181,7 @@ def _codes(plan):
     return jnp.asarray(np.concatenate([np.arange(n)[:, None] == x for n, x in zip(plan.code_rows, (row, col))]), plan.dtype)
 
 
-# The operator on laid-out arrays, its gradient, and both over devices.
+# The operator on laid-out arrays, and its gradient.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -191,46 +190,19 @@ def _attend(plan, q, k, v, tables):
 
 
 def _attend_forward(plan, q, k, v, tables):
-    out, lse = _forward(plan, q, k, v, tables, _shifts(plan))
+    arrays = q, k, v, tables, _shifts(plan)
+    out, lse = per_device(functools.partial(_run_forward, plan), arrays, 2, "tpu", whole=(3, 4))
     return out, (q, k, v, tables, lse)
 
 
 def _attend_backward(plan, kept, dout):
     q, k, v, tables, lse = kept
-    dq, dk, dv, dtables = _backward(plan, q, k, v, tables, _shifts(plan), _codes(plan), lse, dout)
+    arrays = q, k, v, tables, _shifts(plan), _codes(plan), lse, dout
+    dq, dk, dv, dtables = per_device(functools.partial(_run_backward, plan), arrays, 4, "tpu", whole=(3, 4, 5))
     return dq, dk, dv, dtables.sum((0, 1)).astype(plan.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
-
-
-def _forward(plan, *arrays):
-    return _per_device(functools.partial(_run_forward, plan), arrays, results=2, whole=(3, 4))
-
-
-def _backward(plan, *arrays):
-    return _per_device(functools.partial(_run_backward, plan), arrays, results=4, whole=(3, 4, 5))
-
-
-def _per_device(run, arrays, results, whole):
-    """Runs a kernel on each device's part of the batch, the first axis of all results and of all arrays but those in `whole`.
-
-    To XLA's partitioner a kernel is opaque, so the cut is made here, over all axes of the mesh that `jax.set_mesh` or
-    `jax.sharding.use_abstract_mesh` has set. Without a mesh, or where it does not divide the batch, there is no cut: several TPUs
-    then are an error of JAX. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52 does not know it.)
-    """
-    run, mesh = functools.partial(run, _interpreted()), jax.sharding.get_abstract_mesh()
-    axes = cut_axes(mesh)
-    if not axes or arrays[0].shape[0] % math.prod(mesh.shape[name] for name in axes):
-        return run(*arrays)
-    specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
-    # Kernels do not say over which axes their results vary.
-    return jax.shard_map(run, in_specs=specs, out_specs=(P(axes),) * results, axis_names=set(axes), check_vma=False)(*arrays)
-
-
-def cut_axes(mesh) -> tuple[str, ...]:
-    """The axes of a mesh that batches are cut over, which are all that no surrounding `shard_map` has cut already."""
-    return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
 def _run_forward(plan, interpret, q, k, v, tables, shifts):

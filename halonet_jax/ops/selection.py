@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 
 from halonet_jax.ops import pallas_tpu
+from halonet_jax.ops.per_device import cut_axes
 
-# Platforms whose fused kernels "auto" takes wherever `unsupported` has no objection; elsewhere it takes "xla". What decided it:
-# tpu: traffic and memory by the TPU compiler, docs/performance.md. cpu: kernels are interpreted there, for tests alone.
-# gpu: no kernel yet.
+# By platform, the fused kernels that "auto" takes wherever `unsupported` has no objection; elsewhere it takes "xla". What decided:
+# tpu: traffic and memory by the TPU compiler, docs/performance.md. gpu: no kernels yet. cpu: they would be interpreted.
 FUSED = {"tpu": pallas_tpu}
 
 
@@ -27,15 +27,19 @@ def choose(implementation: str, q, k, v, *, block_size, halo_size, stride, cente
     """
     if implementation not in ("auto", "pallas"):
         return Choice(implementation)
-    kernels = FUSED.get(device().platform)
     if implementation == "auto":
-        if kernels is None:
+        if device().platform not in FUSED:
             return Choice("xla")
         if reason := _uncut(q.shape[0]):
             return Choice("xla", reason)
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
-    reason = (kernels or pallas_tpu).unsupported(q, k, v, **options)
+    reason = fused().unsupported(q, k, v, **options)
     return Choice("xla", reason) if reason else Choice("pallas")
+
+
+def fused():
+    """The module that "pallas" stands for, with `attend` and `unsupported`. Where a device has none, TPU's are interpreted."""
+    return FUSED.get(device().platform, pallas_tpu)
 
 
 def device():
@@ -55,5 +59,5 @@ def _uncut(batch):
     if mesh.empty:
         count = jax.device_count()
         return f"of {count} devices, no mesh is set; jax.set_mesh says how to cut the batch" if count > 1 else None
-    count = math.prod(mesh.shape[name] for name in pallas_tpu.cut_axes(mesh))
+    count = math.prod(mesh.shape[name] for name in cut_axes(mesh))
     return f"a batch of {batch} does not divide over {count} devices" if batch % count else None
