@@ -11,7 +11,8 @@ from flax import linen as nn
 from halonet_jax import ops
 from halonet_jax.models import layers
 
-ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+# Recomputed in the backward pass from their input alone.
+ACTIVATIONS = {name: jax.checkpoint(f, prevent_cse=False) for name, f in (("silu", nn.silu), ("relu", nn.relu))}
 
 
 def _conv(features, kernel_size, stride=1, **rest):
@@ -41,12 +42,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x, drop_rate):
         conv = functools.partial(_conv, dtype=self.dtype)
         shortcut = x
-        y = self.activation(self.norm(name="norm1")(conv(self.width, 1, name="conv1")(x)))
+        norm_activation = functools.partial(self.norm, activation=self.activation)
+        y = norm_activation(name="norm1")(conv(self.width, 1, name="conv1")(x))
         if self.kind == "attention":
             y = self.attention(stride=self.stride, name="attention")(y)
         else:
             y = conv(self.width, 3, self.stride, name="conv2")(y)
-        y = self.activation(self.norm(name="norm2")(y))
+        y = norm_activation(name="norm2")(y)
         y = conv(self.out_width, 1, name="conv3")(y)
         last_scale = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
         y = self.norm(scale_init=last_scale, name="norm3")(y)
@@ -122,14 +124,14 @@ class Backbone(nn.Module):
         x = images.astype(self.dtype)
         if self.stem == "conv":
             x = _conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
-            x = activation(norm(name="stem_norm")(x))
+            x = norm(name="stem_norm", activation=activation)(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
             x = nn.Conv(
                 self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),
                 dtype=self.dtype, name="stem_conv",
             )(x)  # fmt: skip
-            x = activation(norm(name="stem_norm")(x))
+            x = norm(name="stem_norm", activation=activation)(x)
 
         depth = sum(self.stage_sizes)
         rates = np.linspace(0, self.stochastic_depth_rate, depth, dtype=np.float32)
@@ -191,7 +193,7 @@ class HaloNet(nn.Module):
         x = self.features(images, train)[-1]
         if self.final_width:
             x = _conv(self.final_width, 1, dtype=backbone.dtype, name="final_conv")(x)
-            x = ACTIVATIONS[backbone.activation](backbone.norm(train)(name="final_norm")(x))
+            x = backbone.norm(train)(name="final_norm", activation=ACTIVATIONS[backbone.activation])(x)
         x = x.mean((1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="classifier")(x)
