@@ -43,7 +43,7 @@ _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of q, 
 _TRAFFIC = flags.DEFINE_bool("traffic", False, "Counts bytes too.")
 _FLOORS = flags.DEFINE_bool("floors", False, "Prints floors alone.")
 
-SLICES = {"v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+SLICES = {"v3": "2x2", "v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
 # Image sizes of the paper's table 3.
 IMAGE_SIZES = {"h0": 256, "h1": 256, "h2": 256, "h3": 320, "h4": 384, "h5": 448, "h6": 512, "h7": 600}
 

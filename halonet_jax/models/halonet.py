@@ -178,8 +178,8 @@ class HaloNet(nn.Module):
         for stage, count, choice in choices:
             parts.setdefault(choice, []).append((stage, count))
         for choice, blocks in parts.items():
-            stages = ", ".join(dict.fromkeys(str(stage) for stage, _ in blocks))
-            why = f" (stages {stages}: {choice.reason})" if choice.reason else ""
+            stages = list(dict.fromkeys(str(stage) for stage, _ in blocks))
+            why = f" (stage{'s' * (len(stages) > 1)} {', '.join(stages)}: {choice.reason})" if choice.reason else ""
             texts.append(f"{choice.implementation} for {sum(count for _, count in blocks)} of {depth} layers{why}")
         return f"attention on {ops.device().device_kind}: {'; '.join(texts) or 'none'}"
 

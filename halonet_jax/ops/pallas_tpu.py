@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from halonet_jax.ops import pallas_kernels as kernels
 from halonet_jax.ops.pallas_kernels import LANES, SUBLANES, Axis, Plan
-from halonet_jax.ops.per_device import per_device
+from halonet_jax.ops.per_device import device, per_device
 
 VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
 
@@ -32,7 +32,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
-    if _interpreted():
+    if device().platform != "tpu":
         warnings.warn('implementation="pallas" is interpreted on this device, which is slow; use "auto"', stacklevel=3)
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
         dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
@@ -52,8 +52,11 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
     """Why the kernels cannot attend like this on the TPU that the program is traced for, or None where they can.
 
     q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`. That TPU is the mesh's, which need
-    not be at hand (see `selection.device`).
+    not be at hand (see `per_device.device`).
     """
+    chip = pltpu.get_tpu_info() if pltpu.is_tpu_device() else None  # none for interpreted kernels
+    if chip and chip.generation < 4:
+        return f"kernels with bfloat16 products do not compile for {device().device_kind}"
     heads, channels = k.shape[3:]
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -70,17 +73,10 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
     )
     if plan.heads * plan.channels > LANES and plan.key_lanes != LANES:
         return f"{heads} heads of {channels} channels do not fill whole registers of {LANES} lanes"
-    needed, there = (
-        vmem_estimate(plan, backward=True),
-        VMEM_BYTES if _interpreted() else pltpu.get_tpu_info().vmem_capacity_bytes,
-    )
+    needed, there = vmem_estimate(plan, backward=True), chip.vmem_capacity_bytes if chip else VMEM_BYTES
     if needed > there:
         return f"the backward pass would take {needed / 2**20:.0f} MiB of on-chip memory, of {there / 2**20:.0f}"
     return None
-
-
-def _interpreted():
-    return not pltpu.is_tpu_device()
 
 
 def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:

@@ -1,4 +1,4 @@
-"""Kernels over several devices."""
+"""The devices that kernels are for, which the mesh says, and kernels over several of them."""
 
 import functools
 import math
@@ -6,6 +6,17 @@ import math
 import jax
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+
+
+def device():
+    """What programs are traced for, with `platform` and `device_kind`.
+
+    The devices of the mesh that `jax.set_mesh` or `jax.sharding.use_abstract_mesh` has set, which need not be at hand; without a
+    mesh, JAX's default device.
+    """
+    default = jax.config.jax_default_device  # a device, the name of a platform, or None
+    found = jax.sharding.get_abstract_mesh().abstract_device or default
+    return found if hasattr(found, "platform") else jax.local_devices(backend=default)[0]
 
 
 def per_device(run, arrays, results, platform, whole=()):

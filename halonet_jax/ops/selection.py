@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 
 from halonet_jax.ops import pallas_tpu
-from halonet_jax.ops.per_device import cut_axes
+from halonet_jax.ops.per_device import cut_axes, device
 
 # By platform, the fused kernels that "auto" takes wherever `unsupported` has no objection; elsewhere it takes "xla". What decided:
 # tpu: traffic and memory by the TPU compiler, docs/performance.md. gpu: no kernels yet. cpu: they would be interpreted.
@@ -40,17 +40,6 @@ def choose(implementation: str, q, k, v, *, block_size, halo_size, stride, cente
 def fused():
     """The module that "pallas" stands for, with `attend` and `unsupported`. Where a device has none, TPU's are interpreted."""
     return FUSED.get(device().platform, pallas_tpu)
-
-
-def device():
-    """What programs are traced for, with `platform` and `device_kind`.
-
-    The devices of the mesh that `jax.set_mesh` or `jax.sharding.use_abstract_mesh` has set, which need not be at hand; without a
-    mesh, JAX's default device.
-    """
-    default = jax.config.jax_default_device  # a device, the name of a platform, or None
-    found = jax.sharding.get_abstract_mesh().abstract_device or default
-    return found if hasattr(found, "platform") else jax.local_devices(backend=default)[0]
 
 
 def _uncut(batch):

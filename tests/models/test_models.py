@@ -171,6 +171,7 @@ def tpu(kind, *sizes):
         (tpu("TPU v5 lite", 2, 2), "h1", {"attention_impl": "xla"}, "attention on TPU v5 lite: xla for 19 of 19 layers"),
         (tpu("TPU v5 lite", 3), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: a batch of 8 does not divide"),
         (tpu("TPU v4", 4), "h1", {"block_size": 32, "halo_size": 16, "scan": True}, "MiB of on-chip memory, of 16)"),
+        (tpu("TPU v3", 4), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: kernels with bfloat16 products do not compile"),
         (tpu("TPU v5 lite", 4), "resnet50", {}, "attention on TPU v5 lite: none"),
         (None, "h1", {}, "attention on cpu: xla for 19 of 19 layers"),
         (None, "h1", {"attention_impl": "pallas", "halo_size": 9},
