@@ -34,7 +34,8 @@ FOOTER = """
   two programs: an 8192³ bfloat16 product, which they put at {matmul} of the peak, and the sum of two arrays of 1 GiB, at
   {add} of the bandwidth. For work bound by memory they may thus be too many, by up to the inverse of that. Not in them: time
   between chips, copies between main and on-chip memory that run beside the rest, gathers and scatters of the relative tables,
-  and max pooling's gradient. Fused attention kernels, for which there are none, count as their FLOPs at the peak. Use the estimate to rank and to budget; the first hundred real steps say what is true.
+  and max pooling's gradient. Fused attention kernels, for which there are none, count as their FLOPs at the
+  peak. Use the estimate to rank and to budget; the first hundred real steps say what is true.
 - **Against the one step time on TPUs that the paper states**, 377 ms for `h4_base128` at 32 images a core of v3 (its table of
   ImageNet-21k models): our step takes at least 735 ms there by its traffic, and 1,620 by the estimate. So our step moves at
   least twice what the authors' can have moved; four fifths of that are attention's, three fifths in its backward pass.
