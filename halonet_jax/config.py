@@ -52,7 +52,7 @@ def imagenet() -> ml_collections.ConfigDict:
     m.window = "neighborhood"  # "neighborhood" (the paper) or "centered" (SASA)
     m.attention_impl = "auto"  # the fastest by device and shape; or "xla", "pallas" (fused kernels, for TPU), "reference"
     m.remat = False  # recompute each block's activations in the backward pass
-    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more memory (docs/tpu_sizing.md)
+    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more traffic (docs/performance.md)
     # None: as the named variant has it (models/variants.py says what each means).
     m.block_size = placeholder(int)
     m.halo_size = placeholder(int)
