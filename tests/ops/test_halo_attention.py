@@ -96,7 +96,7 @@ def test_implementations_agree_forward_and_backward(implementation, size, stride
 
 @pytest.mark.parametrize("implementation, examples", (("xla", 6), ("pallas", 2)))
 def test_error_against_float64_on_random_shapes(implementation, examples):
-    """Of the output and of all gradients, relative to the largest entry of each."""
+    """Of the output and of all gradients, relative to the largest entry of each. docs/performance.md has more shapes: 1.2e-6."""
 
     @hypothesis.settings(max_examples=examples, deadline=None, derandomize=True)
     @hypothesis.given(st.data())
@@ -112,7 +112,7 @@ def test_error_against_float64_on_random_shapes(implementation, examples):
         inputs = make_inputs(draw(0, 9), height, width, b, h, stride, heads, channels, value_channels, data.draw(st.booleans()))
         f = functools.partial(halo_attention, block_size=b, halo_size=h, stride=stride, **options)
         for name, error in errors_against_float64(functools.partial(f, implementation=implementation), f, inputs).items():
-            assert error < 1e-5, name
+            assert error < 5e-6, name
 
     check()
 
