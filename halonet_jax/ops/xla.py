@@ -39,8 +39,7 @@ class _Axis(NamedTuple):
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        height, width = k.shape[1:3]
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q)
+        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
         out = attend(
             dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
             masked=masked, logits_scale=logits_scale,
