@@ -74,7 +74,7 @@ def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype
 
     def loss(*arrays):
         out = halo_attention(
-            *arrays, block_size=block_size, halo_size=halo_size, stride=stride, implementation="pallas_gpu", **options
+            *arrays, block_size=block_size, halo_size=halo_size, stride=stride, implementation="pallas", **options
         )
         return out.astype(jnp.float32).sum()
 

@@ -29,9 +29,10 @@ RECIPES = (
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# What a compiled program depends on; reading data, logging, checkpoints and the like do not count.
+# What a program for TPU depends on; reading data, logging, checkpoints, other devices' attention and the like do not count.
 SOURCES = (
-    "models/halonet.py", "models/layers.py", "models/variants.py", "ops", "tasks/classification.py", "training/step.py",
+    "models/halonet.py", "models/layers.py", "models/variants.py", "ops/pallas_kernels.py", "ops/pallas_tpu.py",
+    "ops/per_device.py", "ops/xla.py", "tasks/classification.py", "training/step.py",
     "training/optimizer.py", "training/programs.py",
 )  # fmt: skip
 
@@ -70,9 +71,7 @@ class Store:
         versions = "".join(metadata.version(name) for name in ("jax", "libtpu"))
         code = hashlib.sha256(versions.encode())
         for source in SOURCES:
-            path = ROOT / "halonet_jax" / source
-            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-                code.update(file.read_bytes())
+            code.update((ROOT / "halonet_jax" / source).read_bytes())
         self.code = code.hexdigest()[:12]
         self.read()
 
@@ -189,7 +188,7 @@ def _line(store, recipe, parsed):
         cells += ["nothing compiled yet", "", "", "", ""]
     if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, quick=False):
         settings, record = timed[0]
-        seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
+        seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
         rate = config.batch_size / seconds
         hours = EPOCHS * IMAGES / rate / 3600
         cells += [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]

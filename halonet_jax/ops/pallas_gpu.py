@@ -29,7 +29,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = unsupported(q, k, v, **options)
     if reason:
-        raise ValueError(f'implementation="pallas_gpu" cannot do this: {reason}; use "blocked"')
+        raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "xla" or "auto"')
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
         dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q.astype(k.dtype))
         out = attend(dense, k, v, rel_rows, rel_cols, **dict(options, stride=1), logits_scale=logits_scale)

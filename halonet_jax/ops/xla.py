@@ -1,4 +1,4 @@
-"""Halo attention over blocks, mapped over rows of blocks so that a whole map's logits never stand in memory.
+"""Halo attention by einsums that XLA compiles, mapped over rows of blocks so that a whole map's logits never stand in memory.
 
 All logits of a block come from one matrix product. Queries are extended by their logits for each row and each column of
 the neighbourhood, keys by one-hot codes of their row and column, so that
@@ -39,8 +39,7 @@ class _Axis(NamedTuple):
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        height, width = k.shape[1:3]
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q)
+        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
         out = attend(
             dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
             masked=masked, logits_scale=logits_scale,
