@@ -132,7 +132,9 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
             tell(f"the compiler failed: {error}")
 
 
-def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -> list[tuple[Settings, dict]]:
+def fits(
+    store: Store, config, recipe: str, topology: str, quick: bool = True, current: bool = True
+) -> list[tuple[Settings, dict]]:
     """Of the config's settings and the remedies for them what fits, with records, the one of least time first."""
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
@@ -140,7 +142,7 @@ def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -
         for steps in (1, 2, 4, 8, 16, 32, 64):
             for fsdp in (1, parsed.num_devices):
                 settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
-                record = store.get(recipe, topology, settings, quick, current=False)
+                record = store.get(recipe, topology, settings, quick, current)
                 if record and record["fits"]:
                     found.append((settings, record))
     return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
@@ -176,9 +178,10 @@ def _line(store, recipe, parsed):
     first = store.get(recipe, parsed.name, here, True, current=False)
     if first is None:
         return f"| `{recipe}` | not compiled yet |" + " |" * 10
-    cells = [f"`{recipe}`" + ("" if first["code"] == store.code else " †")]
+    current = first["code"] == store.code  # older records stand in a row of their own age alone
+    cells = [f"`{recipe}`" + ("" if current else " †")]
     cells += ["fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"]
-    if fitting := fits(store, config, recipe, parsed.name):
+    if fitting := fits(store, config, recipe, parsed.name, current=current):
         cells += ["" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting)]
         settings, record = fitting[0]
         least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
@@ -186,7 +189,7 @@ def _line(store, recipe, parsed):
         cells += [f"{1e3 * least:.0f}"]
     else:
         cells += ["nothing compiled yet", "", "", "", ""]
-    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, quick=False):
+    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, False, current):
         settings, record = timed[0]
         seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
         rate = config.batch_size / seconds
