@@ -50,9 +50,11 @@ def imagenet() -> ml_collections.ConfigDict:
     m.zero_init_residual = True  # each block starts as its shortcut; not stated
     m.padding = "mask"  # out-of-image keys: "mask" or "zero"; not stated
     m.window = "neighborhood"  # "neighborhood" (the paper) or "centered" (SASA)
-    m.attention_impl = "blocked"  # or "cpu" (the fastest on CPUs), "reference"
+    m.attention_impl = (
+        "auto"  # the fastest by device and shape; or "xla", "pallas" (fused kernels, for TPU and GPU), "reference"
+    )
     m.remat = False  # recompute each block's activations in the backward pass
-    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more memory (docs/tpu_sizing.md)
+    m.scan = False  # lax.scan over a stage's equal blocks: small program, quick compile, more traffic (docs/performance.md)
     # None: as the named variant has it (models/variants.py says what each means).
     m.block_size = placeholder(int)
     m.halo_size = placeholder(int)
@@ -113,6 +115,7 @@ def imagenet() -> ml_collections.ConfigDict:
     c.on_non_finite = (
         "stop"  # a loss or gradient that is NaN: "stop", or "skip": back to the last checkpoint, past the bad batches
     )
+    c.tensorboard = True  # TensorBoard files beside metrics.jsonl; they need TensorFlow
     c.hang_timeout = 1800.0  # seconds without a step after which the process ends itself; 0: never
     c.profile_steps = ()  # (first, last): writes a profile of these steps to WORKDIR/profile
 
@@ -244,7 +247,7 @@ def validate(config: ml_collections.ConfigDict, device_count: int) -> None:
     _one_of(config, "model.dtype", DTYPES)
     _one_of(config, "model.padding", ("mask", "zero"))
     _one_of(config, "model.window", ("neighborhood", "centered"))
-    _one_of(config, "model.attention_impl", ("blocked", "cpu", "reference"))
+    _one_of(config, "model.attention_impl", ("auto", "xla", "pallas", "reference"))
     _one_of(config, "data.source", SOURCES)
     _one_of(config, "data.on_corrupt", ("skip", "stop"))
     _one_of(config, "optimizer.name", OPTIMIZERS)

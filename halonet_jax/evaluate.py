@@ -78,7 +78,7 @@ def evaluate(
     )
     at_step, weights = checkpointer.restore_weights(abstract, _step_number(checkpointer, at), ema=ema)
 
-    eval_step = jax.jit(step.make_eval_step(task), out_shardings=jax.NamedSharding(mesh, jax.P()))
+    eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=jax.NamedSharding(mesh, jax.P()))
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     with data.eval_batches(source, config.data, batch_size=config.eval_batch_size, **share) as batches:
         sums = step.evaluate(eval_step, {"eval": weights}, sharding.DeviceBatches(batches, mesh))["eval"]

@@ -134,12 +134,13 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
         print(
             f"{config.model.name}: {parameters:,} parameters, {len(train_source):,} images, {train_source.num_classes} classes; "
             f"step {start_step} of {last_step}, batch {config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} "
-            f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(mesh.shape)}",
+            f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(mesh.shape)}\n  {program.description}",
             flush=True,
         )
     reporter = reporting.Reporter(
-        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer
-    )
+        workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
+        tensorboard=config.tensorboard,
+    )  # fmt: skip
     run = Run(
         config, workdir, program, train_source, eval_source, steps_per_epoch, last_step, checkpointer, reporter,
         profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer),

@@ -25,7 +25,6 @@ from absl import app, flags
 
 from halonet_jax import models, ops
 from halonet_jax.analysis import floors
-from halonet_jax.ops.halo_attention import IMPLEMENTATIONS
 
 _LAYERS = flags.DEFINE_list("layers", ["h1s1", "h1s3", "h4s1"], "Layers: a model h0 to h7, s, a stage 1 to 4.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images.", lower_bound=1)
@@ -36,9 +35,7 @@ _OPERATOR = flags.DEFINE_bool("operator", False, "Also time our operators alone,
 _FLOORS = flags.DEFINE_list("floors", [], f"Print the layers' floors on devices, and end. Known: {', '.join(floors.RATES)}.")
 _COMPILE = flags.DEFINE_bool("torch_compile", True, "Also PyTorch's compiled cases, which take minutes to prepare.")
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
-_OURS = flags.DEFINE_enum(
-    "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
-)
+_OURS = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "Ours, to compare with.")
 _SIZE = flags.DEFINE_integer("map_size", 0, "Pixels a side of the maps instead of the models'; 0: theirs.", lower_bound=0)
 
 DIRECTIONS = ("forward", "forward + backward")
@@ -168,12 +165,8 @@ def layer_cases(layer, direction):
     """All contestants, ours first."""
     window = (layer.block_size + 2 * layer.halo_size) // 2 * 2 - 1
     window = max(window, 1)
-    cases = [layer_case(ours(), layer, direction, implementation=_OURS.value)]
-    cases += [
-        layer_case(f"halonet_jax {name}", layer, direction, implementation=name)
-        for name in IMPLEMENTATIONS
-        if name != _OURS.value
-    ]
+    known = timing.ours(_OURS.value, reference=True)
+    cases = [layer_case(name, layer, direction, implementation=value) for name, value in known.items()]
     cases += [
         layer_case(f"per-pixel windows of {window}², JAX", layer, direction, implementation="reference", window=window),
         torch_case("timm HaloAttn", timm_layer, layer, direction),
@@ -194,12 +187,11 @@ def operator_cases(layer, direction):
     shapes = [(*shape, channels)] * 2 + [(*shape, n.value_channels // n.heads)]
     arrays = [jnp.asarray(rng.standard_normal(s), _DTYPE.value) for s in shapes]
     arrays += [jnp.asarray(rng.standard_normal((table, channels // 2)), jnp.float32)] * 2
-    names = [_OURS.value, *(name for name in IMPLEMENTATIONS if name not in (_OURS.value, "reference"))]
     attend = functools.partial(ops.halo_attention, block_size=n.block_size, halo_size=n.halo_size)
     return [
-        jax_case(f"operator {name}", functools.partial(attend, implementation=name), lambda: arrays, direction)
-        for name in names
-    ]  # fmt: skip
+        jax_case(name, functools.partial(attend, implementation=value), lambda: arrays, direction)
+        for name, value in timing.ours(_OURS.value, reference=False).items()
+    ]
 
 
 def floor_table(layer, itemsize, rates):
@@ -262,9 +254,8 @@ def main(argv):
         results += timing.records(columns, ours(), benchmark="layer", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         if _OPERATOR.value:
             columns = {d: timing.measure(operator_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
-            base = f"operator {_OURS.value}"
-            print(timing.table(f"**{name}**, operator alone", columns, base, shares(layer, columns)), flush=True)
-            results += timing.records(columns, base, benchmark="operator", layer=name, **layer._asdict(), dtype=_DTYPE.value)
+            print(timing.table(f"**{name}**, operator alone", columns, ours(), shares(layer, columns)), flush=True)
+            results += timing.records(columns, ours(), benchmark="operator", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         jax.clear_caches()
         if _JSON.value:
             timing.write_json(_JSON.value, results, about)

@@ -18,7 +18,6 @@ from absl import app, flags
 
 from halonet_jax import models
 from halonet_jax.analysis import floors
-from halonet_jax.ops.halo_attention import IMPLEMENTATIONS
 from halonet_jax.training import state, step
 from halonet_jax.training.task import Task
 
@@ -32,9 +31,7 @@ _STAGES = flags.DEFINE_list("stage_sizes", [], "Blocks in each of the four stage
 _GROUP = flags.DEFINE_integer("bn_group_size", 0, "Images a batch-norm group; 0: all.", lower_bound=0)
 _SCAN = flags.DEFINE_bool("scan", False, "Scan over the equal blocks of a stage: compiles faster.")
 _REMAT = flags.DEFINE_bool("remat", False, "Recompute each block in the backward pass: takes less memory.")
-_OURS = flags.DEFINE_enum(
-    "implementation", models.HaloAttention.implementation, ["auto", *IMPLEMENTATIONS], "Ours, to compare with."
-)
+_OURS = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "Ours, to compare with.")
 _COMPILE = flags.DEFINE_bool("torch_compile", True, "Also PyTorch's compiled cases, which take minutes to prepare.")
 _JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
 
@@ -66,7 +63,7 @@ def make_task(model, images):
     return Task(init, loss, predict, metrics=None)
 
 
-def our_case(implementation, direction):
+def our_case(name, implementation, direction):
     def make():
         options = dict(
             dtype=_DTYPE.value, attention_impl=implementation, bn_group_size=_GROUP.value, scan=_SCAN.value, remat=_REMAT.value
@@ -92,7 +89,7 @@ def our_case(implementation, direction):
 
         return start
 
-    return timing.Case(f"halonet_jax {implementation}", make)
+    return timing.Case(name, make)
 
 
 def timm_case(direction, compiled):
@@ -138,8 +135,7 @@ def timm_case(direction, compiled):
 
 def cases(direction):
     """All contestants, ours first; the reference is too slow, and takes too much memory, for a whole model."""
-    names = [_OURS.value, *(name for name in IMPLEMENTATIONS if name not in (_OURS.value, "reference"))]
-    all_cases = [our_case(name, direction) for name in names]
+    all_cases = [our_case(name, value, direction) for name, value in timing.ours(_OURS.value, reference=False).items()]
     all_cases += [timm_case(direction, compiled) for compiled in (False, True)[: 1 + _COMPILE.value]]
     rivals = [case for case in all_cases[1:] if not _CASES.value or any(part in case.name for part in _CASES.value)]
     return all_cases[:1] + rivals

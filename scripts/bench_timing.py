@@ -13,11 +13,18 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants
 
 import jax
 import numpy as np
+import rival_cudnn
 
+from halonet_jax.ops import pallas_gpu, pallas_tpu, xla, xla_cpu
+
+# What there is by platform, for halonet_jax's `implementation`.
+OURS = {
+    "cpu": {"xla_cpu": xla_cpu.attend, "xla": xla.attend},
+    "gpu": {"xla": xla.attend, "pallas_gpu": pallas_gpu.attend, "through cuDNN's attention": rival_cudnn.attend},
+    "tpu": {"xla": xla.attend, "pallas_tpu": pallas_tpu.attend},
+}
 SLOW_SECONDS = 2.0  # a call that takes longer is repeated fewer times
-QUEUED_SECONDS = (
-    0.02  # on accelerators, so many seconds of calls are queued before waiting: their start is not what is measured
-)
+QUEUED_SECONDS = 0.02  # of calls, before waiting on accelerators: their start is not what is measured
 PEERS = {"torch": "torch", "timm": "timm", "halonet_pytorch": "halonet-pytorch"}  # module: distribution
 
 
@@ -45,6 +52,12 @@ class Timing(NamedTuple):
     @property
     def median(self) -> float:
         return float(np.median(self.seconds))
+
+
+def ours(first: str, reference: bool) -> dict[str, Any]:
+    """halonet_jax's implementations on this device, `first` first: what a table calls them, and what the layer takes."""
+    found = {name: name for name in (first, "reference")[: 1 + reference]}
+    return {f"halonet_jax {name}": value for name, value in (found | OURS[jax.default_backend()]).items()}
 
 
 def measure(cases: list[Case], repeats: int, label: str) -> dict[str, Timing]:

@@ -72,6 +72,7 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     tell("compiling the eval step as far as its memory …")
     evaluation = tpu_compile.compile_step(config, topology, "eval")
     tell("done")
+    print(train["description"])
     eval_batch_size = config.eval_batch_size or config.batch_size
     report("train step", train, chip)
     report("eval step", evaluation, chip)
@@ -112,11 +113,12 @@ def estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callab
     if "cycles" not in record:
         print(f"  no estimate of time: {with_scan.strip(', ')} the step needs {_gib(record['needed_bytes'])} and does not fit")
         return
-    seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
+    seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
     print(
         f"estimated time     {1e3 * seconds:.3g} ms a step, {config.batch_size / seconds:.4g} images/s on the slice\n"
-        f"  from the backend's estimated cycles, loops multiplied, at {chip.clock / 1e9:g} GHz; collectives, gathers and max\n"
-        f"  pooling's gradient are not in it, and where memory bounds it may be {1 / chip.add_share:.1f} times too long"
+        f"  from the backend's estimated cycles, loops multiplied, at {chip.clock / 1e9:g} GHz; attention's kernels\n"
+        f"  as at the peak of their FLOPs; collectives, gathers and max pooling's gradient are not in it, and where memory bounds\n"
+        f"  it may be {1 / chip.add_share:.1f} times too long"
     )
 
 

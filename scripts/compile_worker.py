@@ -77,6 +77,7 @@ def describe(program, devices) -> dict:
     return {
         "num_devices": len(devices),
         "device_kind": devices[0].device_kind,
+        "description": program.description,
         "param_bytes": bytes_per_device(state.params),
         "optimizer_bytes": bytes_per_device((state.step, state.opt_state, state.model_state)),
         "ema_bytes": bytes_per_device((state.ema_params, state.ema_model_state)),

@@ -75,9 +75,10 @@ def check(config: ml_collections.ConfigDict, topology: str) -> chips.Topology:
 def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "train", quick: bool = True) -> dict:
     """Compiles one step; returns a record of plain values, of one device.
 
-    Keys: `fits`, `seconds` (of the compile), `num_devices`, `param_bytes`, `optimizer_bytes` (with batch statistics), `ema_bytes`,
-    `versions`; where it fits, or the compiler does not mind, also `peak_bytes`, `temp_bytes`, `flops`, `bytes`, `cycles` (0
-    where `quick`), `collectives` and `unknown_loops`; where it does not, `needed_bytes`, of temporaries alone.
+    Keys: `fits`, `seconds` (of the compile), `num_devices`, `description`, `param_bytes`, `optimizer_bytes` (with batch
+    statistics), `ema_bytes`, `versions`; where it fits, or the compiler does not mind, also `peak_bytes`, `temp_bytes`, `flops`,
+    `bytes`, `cycles` (0 where `quick`), `kernel_flops`, `collectives` and `unknown_loops`; where it does not, `needed_bytes`, of
+    temporaries alone.
 
     Raises:
         ConfigError: for a topology that libtpu does not know.

@@ -29,9 +29,10 @@ RECIPES = (
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# What a compiled program depends on; reading data, logging, checkpoints and the like do not count.
+# What a program for TPU depends on; reading data, logging, checkpoints, other devices' attention and the like do not count.
 SOURCES = (
-    "models/halonet.py", "models/layers.py", "models/variants.py", "ops", "tasks/classification.py", "training/step.py",
+    "models/halonet.py", "models/layers.py", "models/variants.py", "ops/pallas_kernels.py", "ops/pallas_tpu.py",
+    "ops/per_device.py", "ops/xla.py", "tasks/classification.py", "training/step.py",
     "training/optimizer.py", "training/programs.py",
 )  # fmt: skip
 
@@ -70,9 +71,7 @@ class Store:
         versions = "".join(metadata.version(name) for name in ("jax", "libtpu"))
         code = hashlib.sha256(versions.encode())
         for source in SOURCES:
-            path = ROOT / "halonet_jax" / source
-            for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-                code.update(file.read_bytes())
+            code.update((ROOT / "halonet_jax" / source).read_bytes())
         self.code = code.hexdigest()[:12]
         self.read()
 
@@ -133,7 +132,9 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
             tell(f"the compiler failed: {error}")
 
 
-def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -> list[tuple[Settings, dict]]:
+def fits(
+    store: Store, config, recipe: str, topology: str, quick: bool = True, current: bool = True
+) -> list[tuple[Settings, dict]]:
     """Of the config's settings and the remedies for them what fits, with records, the one of least time first."""
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
@@ -141,7 +142,7 @@ def fits(store: Store, config, recipe: str, topology: str, quick: bool = True) -
         for steps in (1, 2, 4, 8, 16, 32, 64):
             for fsdp in (1, parsed.num_devices):
                 settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
-                record = store.get(recipe, topology, settings, quick, current=False)
+                record = store.get(recipe, topology, settings, quick, current)
                 if record and record["fits"]:
                     found.append((settings, record))
     return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
@@ -177,9 +178,10 @@ def _line(store, recipe, parsed):
     first = store.get(recipe, parsed.name, here, True, current=False)
     if first is None:
         return f"| `{recipe}` | not compiled yet |" + " |" * 10
-    cells = [f"`{recipe}`" + ("" if first["code"] == store.code else " †")]
+    current = first["code"] == store.code  # older records stand in a row of their own age alone
+    cells = [f"`{recipe}`" + ("" if current else " †")]
     cells += ["fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"]
-    if fitting := fits(store, config, recipe, parsed.name):
+    if fitting := fits(store, config, recipe, parsed.name, current=current):
         cells += ["" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting)]
         settings, record = fitting[0]
         least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
@@ -187,9 +189,9 @@ def _line(store, recipe, parsed):
         cells += [f"{1e3 * least:.0f}"]
     else:
         cells += ["nothing compiled yet", "", "", "", ""]
-    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, quick=False):
+    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, False, current):
         settings, record = timed[0]
-        seconds = chips.step_seconds(chip, record["flops"], record["bytes"], record["cycles"])
+        seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
         rate = config.batch_size / seconds
         hours = EPOCHS * IMAGES / rate / 3600
         cells += [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]

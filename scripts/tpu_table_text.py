@@ -34,11 +34,13 @@ FOOTER = """
   two programs: an 8192³ bfloat16 product, which they put at {matmul} of the peak, and the sum of two arrays of 1 GiB, at
   {add} of the bandwidth. For work bound by memory they may thus be too many, by up to the inverse of that. Not in them: time
   between chips, copies between main and on-chip memory that run beside the rest, gathers and scatters of the relative tables,
-  and max pooling's gradient. Use the estimate to rank and to budget; the first hundred real steps say what is true.
+  and max pooling's gradient. Fused attention kernels, for which there are none, count as their FLOPs at the
+  peak. Use the estimate to rank and to budget; the first hundred real steps say what is true.
 - **Against the one step time on TPUs that the paper states**, 377 ms for `h4_base128` at 32 images a core of v3 (its table of
   ImageNet-21k models): our step takes at least 735 ms there by its traffic, and 1,620 by the estimate. So our step moves at
   least twice what the authors' can have moved; four fifths of that are attention's, three fifths in its backward pass.
-- **`model.scan=True` costs memory**: 6.2 GiB in place of 4.6 for H0 on v5e-128, for the same FLOPs and 9 % more traffic.
+- **`model.scan=True` costs memory**: 6.2 GiB in place of 4.6 for H0 on v5e-128, for the same FLOPs and 9 % more traffic. That
+  was before batch norm kept less for the backward pass; since then it costs traffic alone ([performance.md](performance.md)).
   Recipes to H4 leave it off. Machine code is compiled with it all the same, since the program is a third shorter and
   compiling it takes seven minutes and more on two cores as it is.
 - **Batch norm over groups of 64** spans devices where one holds fewer images than that: every norm then makes all-reduces.

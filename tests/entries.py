@@ -20,6 +20,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 TINY = {
     "batch_size": 32, "data.image_size": 16, "model.base_width": 8, "model.stem_width": 8, "model.final_width": 512,
     "schedule.warmup_epochs": 0.0,
+    "tensorboard": False,  # TensorFlow takes seconds to import
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def test_a_small_model_compiles_for_a_tpu():
         "--config.model.stage_kinds=('conv','conv','conv','conv')",
     )  # fmt: skip
     out = script("--config=configs/digits.py", "--topology=v5e:2x2", "--quick", *small).stdout
-    assert "4 chips, 4 devices" in out and "VERDICT: fits" in out
+    assert "4 chips, 4 devices" in out and "VERDICT: fits" in out and "\nattention on TPU v5 lite: none\n" in out
     assert out.count("TFLOP in matrix units") == 2 and "all-reduce" in out
     assert "of 15.8 GiB" in out and "estimated time" not in out
 

@@ -13,7 +13,9 @@ from entries import ROOT, checkpoints, command, evaluate, metrics, run, train, t
 from halonet_jax import train as train_entry
 from halonet_jax.training import checkpoint
 
-DIGITS = {"max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)"}
+DIGITS = {
+    "max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)", "tensorboard": True,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def test_training_writes_all_that_it_promises(finished):
 def test_training_prints_progress_and_where_everything_is(finished):
     workdir, done = finished
     assert not done.stderr
-    first, started, *progress = done.stdout.splitlines()
+    first, attention, started, *progress = done.stdout.splitlines()
+    assert re.fullmatch(r"  attention on cpu: xla for \d+ of \d+ layers", attention)
     assert "1,437 images, 10 classes; step 0 of 12, batch 32 on 1 cpu" in first
     parts = re.findall(r"([a-z ]+?) (\d+\.\d)(?:,|$)", started.partition(": ")[2])
     assert [name.strip() for name, _ in parts] == [

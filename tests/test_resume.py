@@ -65,26 +65,17 @@ def until_saving(nth):
     return wait
 
 
-def until_seconds(seconds):
-    """Waits a while after the first line."""
-
-    def wait(process, workdir):
-        process.stdout.readline()
-        time.sleep(seconds)
-
-    return wait
-
-
 def test_interrupted_runs_end_as_the_uninterrupted_one(uninterrupted, tmp_path):
-    """Killed during saves, after a report and anywhere; stopped by signals while it compiles and between steps."""
+    """Killed during a save and after a report; stopped by signals while it compiles and between steps.
+
+    Many more moments: `test_faults.py::test_chaos`.
+    """
     rng = random.Random(1)
     interruptions = [
         (signal.SIGKILL, until_saving(rng.randint(2, 3))),
         (signal.SIGTERM, until_line("parameters")),
-        (signal.SIGTERM, until_line("first step done")),
+        (signal.SIGINT, until_line("first step done")),
         (signal.SIGKILL, until_line("  loss ")),
-        (signal.SIGINT, until_line("  loss ")),
-        (signal.SIGKILL, until_seconds(rng.uniform(1, 4))),
     ]
     came_in_time, reached = 0, {0}
     for number, wait in interruptions:
@@ -104,22 +95,10 @@ def test_interrupted_runs_end_as_the_uninterrupted_one(uninterrupted, tmp_path):
             else:
                 assert steps[-1] > max(reached) and f"{number.name}: saved step {steps[-1]} after" in output
         reached.add(max(steps, default=0))
-    assert came_in_time >= 4 and len(reached) >= 4, "the interruptions came too late to test anything"
+    assert came_in_time >= 3 and len(reached) >= 3, "the interruptions came too late to test anything"
     done = train(tmp_path, **RUN)
     assert f"step {steps[-1]} of {STEPS}" in done.stdout
     assert_same_run(tmp_path, uninterrupted)
-
-
-def test_devices_may_change(uninterrupted, tmp_path):
-    """Four devices, of which two share a state, give one device's losses; one device resumes what they saved."""
-    train(tmp_path, devices=4, **(RUN | {"max_steps": 10, "mesh__fsdp": 2}))
-    assert "fsdp" in (tmp_path / "checkpoints" / "10" / "state" / "_sharding").read_text()
-    train(tmp_path, **RUN)
-    ours, theirs = ({r["step"]: r for r in metrics(workdir) if "train/loss" in r} for workdir in (tmp_path, uninterrupted))
-    assert list(ours) == list(theirs) == [5, 10, 15, 20, 25, 30]
-    for step in (5, 10, 15):
-        assert ours[step]["train/loss"] == pytest.approx(theirs[step]["train/loss"], rel=1e-4)
-        assert ours[step]["train/grad_norm"] == pytest.approx(theirs[step]["train/grad_norm"], rel=1e-2)
 
 
 def test_best_checkpoint_survives_worse_ones(uninterrupted, tmp_path):

@@ -90,10 +90,11 @@ def roofline_seconds(chip: Chip, flops: float, size: float) -> float:
     return max(flops / chip.flops, size / chip.bandwidth)
 
 
-def step_seconds(chip: Chip, flops: float, size: float, cycles: float) -> float | None:
+def step_seconds(chip: Chip, flops: float, size: float, cycles: float, kernel_flops: float = 0) -> float | None:
     """Estimated time of a program: the backend's cycles, or the roofline where that is more; None without cycles.
 
-    Not in it: time between chips, and on-chip work that the backend has no estimate for (see `hlo_cost.Cost.cycles`). For work
-    bound by memory, the backend's cycles come to `add_share` of the bandwidth only, so that they may be up to twice too many.
+    Pallas kernels, for which the backend has no estimate, count as their FLOPs at the peak: the least that they can take. Not
+    in it: time between chips, and on-chip work that the backend has no estimate for (see `hlo_cost.Cost.cycles`). For work bound
+    by memory, the backend's cycles come to `add_share` of the bandwidth only, so that they may be up to twice too many.
     """
-    return max(cycles / chip.clock, roofline_seconds(chip, flops, size)) if cycles else None
+    return max(cycles / chip.clock + kernel_flops / chip.flops, roofline_seconds(chip, flops, size)) if cycles else None

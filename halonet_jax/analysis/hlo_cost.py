@@ -15,6 +15,7 @@ _FREE = {
 }  # fmt: skip
 _SLICES = ("slice", "dynamic-slice", "gather", "slice-start")
 _CALLS = re.compile(r"\bcalls=%?([\w.-]+)")
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -22,32 +23,37 @@ class Cost(NamedTuple):
     """Of one run, on one device.
 
     Attributes:
-        flops: two for each multiply-add of matrix products and convolutions, those that fall on padding left out. What the
-            vector unit does (softmax, norms, optimizer) is not counted.
+        flops: two for each multiply-add of matrix products and convolutions, those that fall on padding left out, and
+            `kernel_flops`. What the vector unit does (softmax, norms, optimizer) is not counted.
         bytes: read from and written to main memory, padding of tiled layouts included. An array in on-chip memory costs
             nothing, a slice costs its own size, and so does an update in place.
         cycles: the TPU backend's estimates, summed; 0 where there are none (CPU). It has none for copies between main and
-            on-chip memory, which run beside the rest, for collectives, gathers and scatters, and for max pooling's gradient.
+            on-chip memory, which run beside the rest, for collectives, gathers and scatters, for max pooling's gradient, and
+            for Pallas kernels.
+        kernel_flops: of Pallas kernels, as they state them: what the matrix unit does, products of masked lanes included.
     """
 
     flops: int
     bytes: int
     cycles: int
+    kernel_flops: int
 
 
 def cost(module: hlo.Module) -> Cost:
     """Sums over the program."""
-    flops = size = cycles = 0
+    flops = size = cycles = kernel_flops = 0
     fused = _fused(module)
     for name, times in hlo.executions(module).items():
         computation = module.computations[name]
         for instruction in computation.values():
             flops += times * _flops(instruction, computation)
+            kernel = _KERNEL_FLOPS.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+            kernel_flops += times * int(kernel.group(1)) if kernel else 0
             if name not in fused:
                 size += times * _bytes(module, instruction, computation)
                 estimate = _CYCLES.search(instruction.attributes)
                 cycles += times * int(estimate.group(1)) if estimate else 0
-    return Cost(flops, size, cycles)
+    return Cost(flops + kernel_flops, size, cycles, kernel_flops)
 
 
 def _fused(module):

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from halonet_jax import ops
 from halonet_jax.models import layers
 
-ACTIVATIONS = {"silu": nn.silu, "relu": nn.relu}
+# Recomputed in the backward pass from their input alone.
+ACTIVATIONS = {name: jax.checkpoint(f, prevent_cse=False) for name, f in (("silu", nn.silu), ("relu", nn.relu))}
 
 
 def _conv(features, kernel_size, stride=1, **rest):
@@ -40,12 +42,13 @@ class Bottleneck(nn.Module):
     def __call__(self, x, drop_rate):
         conv = functools.partial(_conv, dtype=self.dtype)
         shortcut = x
-        y = self.activation(self.norm(name="norm1")(conv(self.width, 1, name="conv1")(x)))
+        norm_activation = functools.partial(self.norm, activation=self.activation)
+        y = norm_activation(name="norm1")(conv(self.width, 1, name="conv1")(x))
         if self.kind == "attention":
             y = self.attention(stride=self.stride, name="attention")(y)
         else:
             y = conv(self.width, 3, self.stride, name="conv2")(y)
-        y = self.activation(self.norm(name="norm2")(y))
+        y = norm_activation(name="norm2")(y)
         y = conv(self.out_width, 1, name="conv3")(y)
         last_scale = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
         y = self.norm(scale_init=last_scale, name="norm3")(y)
@@ -84,7 +87,7 @@ class Backbone(nn.Module):
     zero_init_residual: bool = True
     padding: str = "mask"
     window: str = "neighborhood"
-    attention_impl: str = "blocked"
+    attention_impl: str = "auto"
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
@@ -95,20 +98,40 @@ class Backbone(nn.Module):
             epsilon=self.bn_epsilon, dtype=self.dtype,
         )  # fmt: skip
 
+    def attention(self, stage):
+        width = self.base_width * 2**stage
+        return functools.partial(
+            layers.HaloAttention, channels=width, num_heads=self.num_heads[stage], block_size=self.block_size,
+            halo_size=self.halo_size, value_channels=int(width * self.value_ratio), window=self.window, padding=self.padding,
+            implementation=self.attention_impl, dtype=self.dtype,
+        )  # fmt: skip
+
+    @nn.nowrap
+    def attention_choices(self, batch: int, height: int, width: int) -> list[tuple[int, int, ops.Choice]]:
+        """What attends in the blocks of each stage, by `ops.choose`: (stage, number of blocks, choice), for images of this size."""
+        found, height, width = [], -(-height // 4), -(-width // 4)
+        for stage, depth in enumerate(self.stage_sizes):
+            for stride, count in ((1 if stage == 0 else 2, 1), (1, depth - 1)):
+                if self.stage_kinds[stage] == "attention" and count:
+                    layer = self.attention(stage)(stride=stride, parent=None)
+                    found.append((stage + 1, count, layer.choose(batch, height, width)))
+                height, width = -(-height // stride), -(-width // stride)
+        return found
+
     @nn.compact
     def __call__(self, images, train: bool):
         norm, activation = self.norm(train), ACTIVATIONS[self.activation]
         x = images.astype(self.dtype)
         if self.stem == "conv":
             x = _conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
-            x = activation(norm(name="stem_norm")(x))
+            x = norm(name="stem_norm", activation=activation)(x)
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
         else:
             x = nn.Conv(
                 self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),
                 dtype=self.dtype, name="stem_conv",
             )(x)  # fmt: skip
-            x = activation(norm(name="stem_norm")(x))
+            x = norm(name="stem_norm", activation=activation)(x)
 
         depth = sum(self.stage_sizes)
         rates = np.linspace(0, self.stochastic_depth_rate, depth, dtype=np.float32)
@@ -121,15 +144,10 @@ class Backbone(nn.Module):
 
     def _stage(self, x, stage, rates, norm, activation, drop):
         width, kind = self.base_width * 2**stage, self.stage_kinds[stage]
-        attention = functools.partial(
-            layers.HaloAttention, channels=width, num_heads=self.num_heads[stage], block_size=self.block_size,
-            halo_size=self.halo_size, value_channels=int(width * self.value_ratio), window=self.window, padding=self.padding,
-            implementation=self.attention_impl, dtype=self.dtype,
-        )  # fmt: skip
         block = functools.partial(
             nn.remat(Bottleneck, prevent_cse=not self.scan) if self.remat else Bottleneck,
             kind=kind, width=width, out_width=int(width * self.expansion_ratio), activation=activation, norm=norm,
-            attention=attention, se_ratio=self.se_ratio if kind in self.se_kinds else 0.0,
+            attention=self.attention(stage), se_ratio=self.se_ratio if kind in self.se_kinds else 0.0,
             zero_init_residual=self.zero_init_residual, drop=drop, dtype=self.dtype,
         )  # fmt: skip
         x = block(stride=1 if stage == 0 else 2, name=f"stage{stage + 1}_block1")(x, rates[0])
@@ -152,6 +170,19 @@ class HaloNet(nn.Module):
     final_width: int = 0
     dropout_rate: float = 0.0
 
+    @nn.nowrap
+    def describe(self, batch: int, height: int, width: int) -> str:
+        """One line on what attends, and why, on the devices of `ops.device`, for images of this size."""
+        choices, parts, texts = self.backbone.attention_choices(batch, height, width), {}, []
+        depth = sum(count for _, count, _ in choices)
+        for stage, count, choice in choices:
+            parts.setdefault(choice, []).append((stage, count))
+        for choice, blocks in parts.items():
+            stages = list(dict.fromkeys(str(stage) for stage, _ in blocks))
+            why = f" (stage{'s' * (len(stages) > 1)} {', '.join(stages)}: {choice.reason})" if choice.reason else ""
+            texts.append(f"{choice.implementation} for {sum(count for _, count in blocks)} of {depth} layers{why}")
+        return f"attention on {ops.device().device_kind}: {'; '.join(texts) or 'none'}"
+
     def features(self, images, train: bool = False):
         """The four maps of `Backbone`, at strides 4, 8, 16, 32."""
         return self.backbone(images, train)
@@ -162,7 +193,7 @@ class HaloNet(nn.Module):
         x = self.features(images, train)[-1]
         if self.final_width:
             x = _conv(self.final_width, 1, dtype=backbone.dtype, name="final_conv")(x)
-            x = ACTIVATIONS[backbone.activation](backbone.norm(train)(name="final_norm")(x))
+            x = backbone.norm(train)(name="final_norm", activation=ACTIVATIONS[backbone.activation])(x)
         x = x.mean((1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="classifier")(x)

@@ -1,11 +1,13 @@
 """Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from halonet_jax import ops
 
@@ -21,6 +23,8 @@ class HaloAttention(nn.Module):
         channels: width of queries and keys, over all heads.
         num_heads: must divide `channels` (into even parts) and `value_channels`.
         value_channels: width of values; None: as `channels`.
+        implementation: as of the operator; where "pallas" does not support a shape, "xla" is taken and the reason logged.
+            Parameters are the same for all.
         dtype: of the computation; parameters are float32.
     """
 
@@ -32,7 +36,7 @@ class HaloAttention(nn.Module):
     stride: int = 1
     window: str = "neighborhood"
     padding: str = "mask"
-    implementation: str = "blocked"
+    implementation: str = "auto"
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -57,17 +61,39 @@ class HaloAttention(nn.Module):
             self.param("rel_rows", table_init, table_shape),
             self.param("rel_cols", table_init, table_shape),
             block_size=self.block_size, halo_size=self.halo_size, stride=self.stride, window=self.window,
-            padding=self.padding, implementation=self.implementation,
+            padding=self.padding, implementation=self._implementation(x.shape),
         )  # fmt: skip
         return out.reshape(*out.shape[:3], value_channels)
 
+    def _implementation(self, shape):
+        if self.is_initializing():  # Parameters alone matter, and are the same.
+            return "xla"
+        choice = self.choose(*shape[:3])
+        if choice.reason:
+            level = logging.INFO if self.implementation == "auto" else logging.WARNING
+            logging.getLogger(__name__).log(level, '%s: "xla" instead of "pallas": %s', self.name, choice.reason)
+        return choice.implementation
+
+    @nn.nowrap
+    def choose(self, batch: int, height: int, width: int) -> ops.Choice:
+        """The implementation that attends a map of this size, and why it is not the fused kernels."""
+        split = lambda stride, channels: jax.ShapeDtypeStruct(
+            (batch, -(-height // stride), -(-width // stride), self.num_heads, channels // self.num_heads), self.dtype
+        )
+        return ops.choose(
+            self.implementation, split(self.stride, self.channels), split(1, self.channels),
+            split(1, self.value_channels or self.channels), block_size=self.block_size, halo_size=self.halo_size,
+            stride=self.stride, centered=self.window == "centered", masked=self.padding == "mask",
+        )  # fmt: skip
+
 
 class BatchNorm(nn.Module):
-    """Batch norm over the last axis with statistics of fixed groups of examples.
+    """Batch norm over the last axis with statistics of fixed groups of examples, and an activation after it.
 
     In training, the batch is cut into consecutive groups of `group_size` examples, each normalised by its own statistics;
     the running statistics move by the mean over groups. A result then does not depend on how many devices there are, and
-    nothing is reduced across devices where groups lie within one. 0 is one group: the whole batch.
+    nothing is reduced across devices where groups lie within one. 0 is one group: the whole batch. For the backward pass, the
+    input and the statistics are kept, and nothing else.
 
     Raises:
         ValueError: in training, where `group_size` does not divide the batch.
@@ -75,6 +101,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool
     group_size: int = 0
+    activation: Callable = lambda x: x
     momentum: float = 0.9
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -88,23 +115,32 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", self.scale_init, channels)
         bias = self.param("bias", nn.initializers.zeros, channels)
 
-        shape = x.shape
+        def finish(x, mean, var, scale, bias):
+            x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
+            return self.activation(x.astype(self.dtype))
+
         if self.use_running_average:
-            mean, var = running_mean.value, running_var.value
-        else:
-            group_size = self.group_size or shape[0]
-            if shape[0] % group_size:
-                raise ValueError(f"bn_group_size={group_size} does not divide a batch of {shape[0]} examples")
-            x = x.reshape(-1, group_size, *shape[1:])
-            axes = tuple(range(1, x.ndim - 1))
-            wide = x.astype(jnp.float32)
-            mean = wide.mean(axes, keepdims=True)
-            var = jnp.maximum((wide * wide).mean(axes, keepdims=True) - mean * mean, 0)
-            if not self.is_initializing():
-                for running, new in ((running_mean, mean), (running_var, var)):
-                    running.value = self.momentum * running.value + (1 - self.momentum) * new.reshape(-1, *channels).mean(0)
-        x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
-        return x.reshape(shape).astype(self.dtype)
+            return finish(x, running_mean.value, running_var.value, scale, bias)
+
+        group_size = self.group_size or len(x)
+        if len(x) % group_size:
+            raise ValueError(f"bn_group_size={group_size} does not divide a batch of {len(x)} examples")
+
+        def normalize(x, scale, bias):
+            x = x.reshape(-1, group_size, *x.shape[1:])
+            axes, wide = tuple(range(1, x.ndim - 1)), x.astype(jnp.float32)
+            mean = checkpoint_name(wide.mean(axes, keepdims=True), "statistics")
+            square = checkpoint_name((wide * wide).mean(axes, keepdims=True), "statistics")
+            var = jnp.maximum(square - mean * mean, 0)
+            return finish(x, mean, var, scale, bias), mean, var
+
+        # Left to themselves, scans over blocks keep float32 copies of x, and all that the activation computes.
+        policy = jax.checkpoint_policies.save_only_these_names("statistics")
+        y, mean, var = jax.checkpoint(normalize, policy=policy, prevent_cse=False)(x, scale, bias)
+        if not self.is_initializing():
+            for running, new in ((running_mean, mean), (running_var, var)):
+                running.value = self.momentum * running.value + (1 - self.momentum) * new.reshape(-1, *channels).mean(0)
+        return y.reshape(x.shape)
 
 
 class SqueezeExcite(nn.Module):

@@ -9,5 +9,7 @@ Axis legend, the same everywhere in this package (lower case in einsums):
 """
 
 from halonet_jax.ops.halo_attention import halo_attention
+from halonet_jax.ops.per_device import device
+from halonet_jax.ops.selection import Choice, choose
 
-__all__ = ["halo_attention"]
+__all__ = ["Choice", "choose", "device", "halo_attention"]

@@ -1,10 +1,12 @@
 """The contract of blocked local self-attention with haloing (HaloNet, arXiv 2103.12731, sections 2-3)."""
 
+from collections.abc import Callable
+
 import jax
 
-from halonet_jax.ops import blocked, cpu, reference
+from halonet_jax.ops import selection
 
-IMPLEMENTATIONS = {"blocked": blocked.attend, "cpu": cpu.attend, "reference": reference.attend}
+IMPLEMENTATIONS = ("auto", "xla", "pallas", "reference")
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
@@ -22,7 +24,7 @@ def halo_attention(
     window: str = "neighborhood",
     padding: str = "mask",
     logits_scale: float | None = None,
-    implementation: str = "blocked",
+    implementation: str | Callable = "auto",
 ) -> jax.Array:
     """Attends from every query pixel to the neighbourhood of the block that it lies in.
 
@@ -54,7 +56,9 @@ def halo_attention(
             keeping their position's logit, as in timm). The paper does not say.
         logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
             tables divided by it.)
-        implementation: "blocked" (fast), "cpu" (the fastest on CPUs) or "reference" (slow, obvious, in float32).
+        implementation: "auto" (the fastest, by `selection`), "xla" (einsums), "pallas" (fused kernels for the device, for the
+            shapes to which `unsupported` of `pallas_tpu` or `pallas_gpu` has no objection; interpreted on a CPU, which is
+            slow), "reference" (slow, obvious, in float32), or a function like `reference.attend`.
 
     Returns:
         `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;
@@ -68,17 +72,19 @@ def halo_attention(
         logits_scale = q.shape[-1] ** -0.5
     if not logits_scale > 0:
         raise ValueError(f"logits_scale={logits_scale!r} must be more than 0")
-    return IMPLEMENTATIONS[implementation](
-        q, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=stride,
-        centered=window == "centered", masked=padding == "mask", logits_scale=logits_scale,
-    )  # fmt: skip
+    options = dict(
+        block_size=block_size, halo_size=halo_size, stride=stride, centered=window == "centered", masked=padding == "mask"
+    )
+    if not callable(implementation):
+        implementation = selection.function(implementation, q, k, v, **options)
+    return implementation(q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
 
 
 def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
     for name, value, known in (
-        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, tuple(IMPLEMENTATIONS))
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, IMPLEMENTATIONS)
     ):  # fmt: skip
-        if value not in known:
+        if value not in known and not (name == "implementation" and callable(value)):
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
         if not isinstance(value, int) or value < least:

@@ -58,4 +58,7 @@ def make_task(config: ml_collections.ConfigDict, num_classes: int) -> Task:
             "loss": jnp.where(mask, cross_entropy, 0).sum(),
         }
 
-    return Task(init, loss, predict, metrics)
+    def describe():
+        return model.describe(config.batch_size // config.optimizer.accumulation_steps, data.image_size, data.image_size)
+
+    return Task(init, loss, predict, metrics, describe)

@@ -24,6 +24,7 @@ class Programs(NamedTuple):
         create_state: `() -> state`, born where it shall lie.
         train_step: `(state, batch) -> (state, metrics)`; donates the state.
         eval_step: `((params, model_state), batch) -> sums`.
+        description: of what the mesh's devices will do, `Task.describe`.
     """
 
     mesh: jax.sharding.Mesh
@@ -32,6 +33,7 @@ class Programs(NamedTuple):
     create_state: Callable[[], state.TrainState]
     train_step: Callable
     eval_step: Callable
+    description: str
 
     def abstract_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
         """Global shapes of a batch, cut over the mesh."""
@@ -54,6 +56,8 @@ def make_programs(
         task, tx, seed=config.seed, ema_decay=config.ema_decay, accumulation_steps=config.optimizer.accumulation_steps,
         mesh=mesh,
     )  # fmt: skip
+    with sharding.use(mesh):
+        description = task.describe()
     return Programs(
         mesh=mesh,
         schedule=schedule,
@@ -64,4 +68,5 @@ def make_programs(
             out_shardings=(state_sharding, everywhere), donate_argnums=0,
         ),
         eval_step=jax.jit(step.make_eval_step(task, mesh), out_shardings=everywhere),
+        description=description,
     )  # fmt: skip

@@ -84,13 +84,22 @@ class Reporter:
     checkpoint, the old file stays as `metrics.jsonl.bak`.
     """
 
-    def __init__(self, workdir: str | epath.Path, *, start_step: int, last_step: int, batch_size: int, enabled: bool = True):
+    def __init__(
+        self,
+        workdir: str | epath.Path,
+        *,
+        start_step: int,
+        last_step: int,
+        batch_size: int,
+        enabled: bool = True,
+        tensorboard: bool = False,
+    ):
         self._enabled = enabled
         self._last_step, self._batch_size = last_step, batch_size
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._tensorboard = None
         self.rewind(start_step)
-        if enabled:
+        if enabled and tensorboard:
             # In a thread: importing TensorFlow takes seconds, in which the train step can compile.
             self._tensorboard = concurrent.futures.ThreadPoolExecutor(1).submit(_tensorboard_writer, workdir)
         self.start_clock(start_step)

@@ -4,6 +4,7 @@ Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Bat
 """
 
 import collections
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -26,6 +27,11 @@ def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
+
+
+def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Makes the mesh known to what is traced: which devices it is for, and how operators that XLA cannot cut are to be cut."""
+    return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:

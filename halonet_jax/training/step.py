@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from halonet_jax.training import sharding
 from halonet_jax.training.state import TrainState
 from halonet_jax.training.task import Task
 
@@ -24,7 +25,7 @@ def make_train_step(
     """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm". Random numbers depend on the seed and the
-    step alone. With a `mesh`, weights that are shared out over it are gathered for use.
+    step alone. With a `mesh`, weights that are shared out over it are gathered for use, and kernels are cut over it.
     """
 
     def train_step(state, batch):
@@ -48,7 +49,8 @@ def _gradients(task, state, batch, rng, accumulation_steps, mesh):
 
     def compute(batch, rng):
         loss = lambda params: task.loss(_gathered(params, mesh), state.model_state, batch, rng)
-        (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+        with sharding.use(mesh):
+            (loss, (model_state, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
         return (grads, model_state), {"loss": loss, **metrics}
 
     if accumulation_steps == 1:
@@ -79,7 +81,8 @@ def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callabl
 
     def eval_step(weights, batch):
         params, model_state = weights
-        return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
+        with sharding.use(mesh):
+            return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
 
     return eval_step
 

@@ -71,7 +71,9 @@ s32[]{:S(2)}) async-start(%b), calls=%slicing
   %done = bf16[8,196,72]{2,1,0:T(8,128)(2,1)S(1)} async-done(%start)
   %c = f32[8,64,196]{2,1,0:T(8,128)S(1)} fusion(%a, %done), kind=kOutput, calls=%fused, \
 backend_config={"estimated_cycles":"1234"}
-  %out = (f32[8,64,196]{2,1,0:T(8,128)}, f32[8,64,196]{2,1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%c)
+  %k = f32[8,64,196]{2,1,0:T(8,128)S(1)} custom-call(%c), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"cost_estimate":{"bytes_accessed":"9","flops":"500","transcendentals":"1"}}}
+  %out = (f32[8,64,196]{2,1,0:T(8,128)}, f32[8,64,196]{2,1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%k)
   ROOT %copied = f32[8,64,196]{2,1,0:T(8,128)} copy-done(%out)
 }
 """
@@ -79,7 +81,7 @@ backend_config={"estimated_cycles":"1234"}
 
 def test_tpu_products_memory_spaces_and_cycles():
     cost = hlo_cost.cost(hlo.parse(TPU_TEXT))
-    assert cost.flops == 2 * 8 * 64 * 72 * 196
+    assert cost.flops == 2 * 8 * 64 * 72 * 196 + 500 and cost.kernel_flops == 500
     read_a, read_slice, written = 2 * 8 * 64 * 128, 2 * 8 * 200 * 128, 4 * 8 * 64 * 256  # padded to tiles of 8 by 128
     assert cost.bytes == read_a + read_slice + written
     assert cost.cycles == 1234
@@ -90,6 +92,7 @@ def test_estimates():
     assert chips.roofline_seconds(chip, 197e12, 819e8) == 1
     assert chips.roofline_seconds(chip, 197e11, 819e9) == 1
     assert chips.step_seconds(chip, 1e12, 1e9, cycles=3e9) == 2
+    assert chips.step_seconds(chip, 1e12, 1e9, cycles=3e9, kernel_flops=197e12) == 3
     assert chips.step_seconds(chip, 1e12, 1e9, cycles=0) is None
 
 

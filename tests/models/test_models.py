@@ -1,5 +1,6 @@
 """Every model held to one contract; parameter counts pinned to the paper's structure."""
 
+import contextlib
 import functools
 
 import jax
@@ -94,7 +95,7 @@ def test_scan_and_remat_change_no_number(change):
 
 def test_reference_attention_gives_the_same_model():
     x = images()
-    fast, slow = (models.create("h0", **SMALL, attention_impl=impl) for impl in ("blocked", "reference"))
+    fast, slow = (models.create("h0", **SMALL, attention_impl=impl) for impl in ("xla", "reference"))
     variables = init(fast, x)
     np.testing.assert_allclose(fast.apply(variables, x, train=False), slow.apply(variables, x, train=False), atol=1e-4)
 
@@ -155,3 +156,37 @@ def test_regularisers_act_in_training_alone(option):
 def test_bad_arguments_name_value_and_rule(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         models.create(name, **overrides)
+
+
+def tpu(kind, *sizes):
+    """A mesh of chips that are not at hand."""
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=2 if kind == "TPU v4" else 1, platform="tpu")
+    return jax.sharding.AbstractMesh(sizes, ("data", "fsdp")[: len(sizes)], abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    "mesh, name, options, expected",
+    (
+        (tpu("TPU v5 lite", 2, 2), "h1", {}, "attention on TPU v5 lite: pallas for 19 of 19 layers"),
+        (tpu("TPU v5 lite", 2, 2), "h1", {"attention_impl": "xla"}, "attention on TPU v5 lite: xla for 19 of 19 layers"),
+        (tpu("TPU v5 lite", 3), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: a batch of 8 does not divide"),
+        (tpu("TPU v4", 4), "h1", {"block_size": 32, "halo_size": 16, "scan": True}, "MiB of on-chip memory, of 16)"),
+        (tpu("TPU v3", 4), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: kernels with bfloat16 products do not compile"),
+        (tpu("TPU v5 lite", 4), "resnet50", {}, "attention on TPU v5 lite: none"),
+        (None, "h1", {}, "attention on cpu: xla for 19 of 19 layers"),
+        (None, "h1", {"attention_impl": "pallas", "halo_size": 9},
+         "xla for 17 of 19 layers (stages 1, 2, 3, 4: halo_size=9 is more than block_size=8, so that windows reach beyond the next "
+         "block); pallas for 2 of 19 layers"),
+    ),
+    ids=str,
+)  # fmt: skip
+def test_attention_is_chosen_by_the_devices_that_a_program_is_for(mesh, name, options, expected):
+    with contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh):
+        assert expected in models.create(name, **options, dtype="bfloat16").describe(8, 256, 256)
+
+
+def test_a_layer_that_the_fused_kernels_cannot_do_falls_back(caplog):
+    layer = layers.HaloAttention(16, num_heads=2, block_size=2, halo_size=3, implementation="pallas")
+    x = jnp.zeros((1, 8, 8, 16))
+    jax.eval_shape(layer.apply, jax.eval_shape(layer.init, jax.random.key(0), x), x)
+    assert '"xla" instead of "pallas": halo_size=3 is more than block_size=2' in caplog.text

@@ -1,4 +1,4 @@
-"""Halo attention over blocks, mapped over rows of blocks so that a whole map's logits never stand in memory.
+"""Halo attention by einsums that XLA compiles, mapped over rows of blocks so that a whole map's logits never stand in memory.
 
 All logits of a block come from one matrix product. Queries are extended by their logits for each row and each column of
 the neighbourhood, keys by one-hot codes of their row and column, so that
@@ -18,7 +18,7 @@ import numpy as np
 MASKED = np.float32(-1e30)
 
 
-class _Axis(NamedTuple):
+class Axis(NamedTuple):
     """Geometry of one map axis. Blocks that exceed the map shrink to it, since masked keys change nothing."""
 
     blocks: int  # number of blocks
@@ -39,8 +39,7 @@ class _Axis(NamedTuple):
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
     if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        height, width = k.shape[1:3]
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q)
+        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
         out = attend(
             dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
             masked=masked, logits_scale=logits_scale,
@@ -48,8 +47,8 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         return out[:, ::stride, ::stride]
 
     batch, height, width, heads, channels = k.shape
-    rows = _axis(height, block_size, halo_size, stride, centered, masked)
-    cols = _axis(width, block_size, halo_size, stride, centered, masked)
+    rows = make_axis(height, block_size, halo_size, stride, centered, masked)
+    cols = make_axis(width, block_size, halo_size, stride, centered, masked)
     pad = ((0, 0), rows.pad(height), cols.pad(width), (0, 0), (0, 0))
     k, v = jnp.pad(k, pad), jnp.pad(v, pad)
 
@@ -107,7 +106,8 @@ def _attend_blocks(q, k, v, rel_rows, rel_cols, row_bias, col_bias, logits_scale
     return out.astype(v.dtype).reshape(*out.shape[:3], *queries_shape, out.shape[-1])
 
 
-def _axis(size, block, halo, stride, centered, masked):
+def make_axis(size, block, halo, stride, centered, masked):
+    """One map axis, for `xla_cpu` too."""
     table_center = block - 1 + halo
     reach = halo
     if masked and block >= size:
@@ -122,7 +122,7 @@ def _axis(size, block, halo, stride, centered, masked):
         hidden |= ((positions < 0) | (positions >= size))[:, None]
     if centered:
         hidden |= abs(offsets) > reach
-    return _Axis(blocks, block, halo, len(queries), offsets + table_center, np.where(hidden, MASKED, np.float32(0)))
+    return Axis(blocks, block, halo, len(queries), offsets + table_center, np.where(hidden, MASKED, np.float32(0)))
 
 
 def _windows(x, cols):

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halonet_jax.ops import blocked
+from halonet_jax.ops import xla
 
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
-    if block_size % stride:  # as in `blocked`
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q)
+    if block_size % stride:  # as in `xla`
+        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
         out = attend(
             dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
             masked=masked, logits_scale=logits_scale,
@@ -25,8 +25,8 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         return out[:, ::stride, ::stride]
 
     batch, height, width, heads, channels = k.shape
-    rows = blocked._axis(height, block_size, halo_size, stride, centered, masked)
-    cols = blocked._axis(width, block_size, halo_size, stride, centered, masked)
+    rows = xla.make_axis(height, block_size, halo_size, stride, centered, masked)
+    cols = xla.make_axis(width, block_size, halo_size, stride, centered, masked)
     q_height, q_width = q.shape[1:3]
     pad = ((0, 0), (0, rows.blocks * rows.queries - q_height), (0, cols.blocks * cols.queries - q_width), (0, 0), (0, 0))
     q = jnp.pad(q, pad).reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
