@@ -64,6 +64,8 @@ def evaluate(
     config.eval_batch_size = batch_size or -(-(config.eval_batch_size or config.batch_size) // devices) * devices
     config.batch_size = config.eval_batch_size
     config.model.bn_group_size, config.optimizer.accumulation_steps = 0, 1  # of training alone
+    if config.model.attention_impl == "pallas":
+        config.model.attention_impl = "auto"  # here may be another kind of device; parameters are the same
     config_lib.validate(config, devices)
 
     workdir_lib.use_compile_cache(workdir)

@@ -29,11 +29,11 @@ RECIPES = (
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# What a program for TPU depends on; reading data, logging, checkpoints, other devices' attention and the like do not count.
+# What a program for TPU depends on, with the recipe; reading data, logging, checkpoints, other devices' attention do not count.
 SOURCES = (
-    "models/halonet.py", "models/layers.py", "models/variants.py", "ops/pallas_kernels.py", "ops/pallas_tpu.py",
-    "ops/per_device.py", "ops/xla.py", "tasks/classification.py", "training/step.py",
-    "training/optimizer.py", "training/programs.py",
+    "config.py", "models/halonet.py", "models/layers.py", "models/variants.py", "ops/halo_attention.py", "ops/pallas_kernels.py",
+    "ops/pallas_tpu.py", "ops/per_device.py", "ops/selection.py", "ops/xla.py", "tasks/classification.py", "training/step.py",
+    "training/optimizer.py", "training/programs.py", "training/sharding.py", "training/state.py",
 )  # fmt: skip
 
 
@@ -68,24 +68,30 @@ class Store:
     """Records of compiles, kept in a file that several runs may write to."""
 
     def __init__(self):
-        versions = "".join(metadata.version(name) for name in ("jax", "libtpu"))
-        code = hashlib.sha256(versions.encode())
-        for source in SOURCES:
-            code.update((ROOT / "halonet_jax" / source).read_bytes())
-        self.code = code.hexdigest()[:12]
         self.read()
+
+    def code(self, recipe: str) -> str:
+        """Of what a recipe's programs depend on."""
+        code = hashlib.sha256("".join(metadata.version(name) for name in ("jax", "libtpu")).encode())
+        for path in (ROOT / "configs" / f"{recipe}.py", *(ROOT / "halonet_jax" / source for source in SOURCES)):
+            code.update(path.read_bytes())
+        return code.hexdigest()[:12]
 
     def read(self) -> None:
         self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
 
-    def get(self, recipe: str, topology: str, settings: Settings, quick: bool, current: bool = True) -> dict | None:
-        """A record; where `current`, only one of the code as it is now."""
-        record = self.records.get(_key(recipe, topology, settings, quick))
-        return record if record and (record["code"] == self.code or not current) else None
+    def find(self, recipe: str, topology: str, settings: Settings, quick: bool) -> dict | None:
+        """A record, of whatever code."""
+        return self.records.get(_key(recipe, topology, settings, quick))
+
+    def get(self, recipe: str, topology: str, settings: Settings, quick: bool, code: str = "") -> dict | None:
+        """A record of the code as it is now, or of `code`."""
+        record = self.find(recipe, topology, settings, quick)
+        return record if record and record["code"] == (code or self.code(recipe)) else None
 
     def put(self, recipe: str, topology: str, settings: Settings, quick: bool, record: dict) -> None:
         self.read()
-        self.records[_key(recipe, topology, settings, quick)] = record | {"code": self.code}
+        self.records[_key(recipe, topology, settings, quick)] = record
         new = RECORDS.with_suffix(".new")
         new.write_text(json.dumps(dict(sorted(self.records.items())), indent=1) + "\n")
         new.rename(RECORDS)
@@ -115,7 +121,8 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
         record = store.get(recipe, topology, settings, quick)
         if record is None:
             tell(f"compiling {settings.flags(here) or 'the recipe as it is'}{'' if quick else ', machine code'} …")
-            record = tpu_compile.compile_step(config, topology, step, quick)
+            code = store.code(recipe)  # now: it may change while the compiler runs
+            record = tpu_compile.compile_step(config, topology, step, quick) | {"code": code}
             store.put(recipe, topology, settings, quick, record)
         return record
 
@@ -132,9 +139,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
             tell(f"the compiler failed: {error}")
 
 
-def fits(
-    store: Store, config, recipe: str, topology: str, quick: bool = True, current: bool = True
-) -> list[tuple[Settings, dict]]:
+def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, code: str = "") -> list[tuple[Settings, dict]]:
     """Of the config's settings and the remedies for them what fits, with records, the one of least time first."""
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
@@ -142,7 +147,7 @@ def fits(
         for steps in (1, 2, 4, 8, 16, 32, 64):
             for fsdp in (1, parsed.num_devices):
                 settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
-                record = store.get(recipe, topology, settings, quick, current)
+                record = store.get(recipe, topology, settings, quick, code)
                 if record and record["fits"]:
                     found.append((settings, record))
     return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
@@ -175,13 +180,13 @@ def _slice_header(name, parsed):
 def _line(store, recipe, parsed):
     config, chip = load(recipe), parsed.chip
     here = Settings.of(config)
-    first = store.get(recipe, parsed.name, here, True, current=False)
+    first = store.find(recipe, parsed.name, here, True)
     if first is None:
         return f"| `{recipe}` | not compiled yet |" + " |" * 10
-    current = first["code"] == store.code  # older records stand in a row of their own age alone
-    cells = [f"`{recipe}`" + ("" if current else " †")]
+    code = first["code"]  # records of different code do not stand in one row
+    cells = [f"`{recipe}`" + ("" if code == store.code(recipe) else " †")]
     cells += ["fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"]
-    if fitting := fits(store, config, recipe, parsed.name, current=current):
+    if fitting := fits(store, config, recipe, parsed.name, code=code):
         cells += ["" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting)]
         settings, record = fitting[0]
         least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
@@ -189,7 +194,7 @@ def _line(store, recipe, parsed):
         cells += [f"{1e3 * least:.0f}"]
     else:
         cells += ["nothing compiled yet", "", "", "", ""]
-    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, False, current):
+    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, False, code):
         settings, record = timed[0]
         seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
         rate = config.batch_size / seconds

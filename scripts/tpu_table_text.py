@@ -28,8 +28,7 @@ FOOTER = """
 - **Memory is the compiler's own**, and exceeding it is an error of the compile, so "fits" is no estimate. It is had from the
   buffer assignment, before machine code exists (a few MB, not counted): equal to the finished program's within 0.03 % (H0 on
   v5e).
-- **Loops are multiplied** by their trip counts, which the compiler's `cost_analysis` does not do: with every loop's body
-  counted once, H0's step on v5e would have 0.23 TFLOP, not 0.72.
+- **Loops are multiplied** by their trip counts, which the compiler's `cost_analysis` does not do.
 - **Estimated time** sums the backend's `estimated_cycles`, loops multiplied, at the chip's clock. They were checked against
   two programs: an 8192³ bfloat16 product, which they put at {matmul} of the peak, and the sum of two arrays of 1 GiB, at
   {add} of the bandwidth. For work bound by memory they may thus be too many, by up to the inverse of that. Not in them: time
@@ -39,10 +38,8 @@ FOOTER = """
 - **Against the one step time on TPUs that the paper states**, 377 ms for `h4_base128` at 32 images a core of v3 (its table of
   ImageNet-21k models): our step takes at least 735 ms there by its traffic, and 1,620 by the estimate. So our step moves at
   least twice what the authors' can have moved; four fifths of that are attention's, three fifths in its backward pass.
-- **`model.scan=True` costs memory**: 6.2 GiB in place of 4.6 for H0 on v5e-128, for the same FLOPs and 9 % more traffic. That
-  was before batch norm kept less for the backward pass; since then it costs traffic alone ([performance.md](performance.md)).
-  Recipes to H4 leave it off. Machine code is compiled with it all the same, since the program is a third shorter and
-  compiling it takes seven minutes and more on two cores as it is.
+- **`model.scan=True` costs traffic**, 20 to 30 % of it ([performance.md](performance.md)), and saves compile time. Recipes to H4
+  leave it off. Machine code, for the estimates of time, is compiled with it all the same.
 - **Batch norm over groups of 64** spans devices where one holds fewer images than that: every norm then makes all-reduces.
   `h4` makes 133 a step, of 41.8 MB together, with 32 images on a device (v5e), and 3 of 41.3 MB with 64 (v4), where groups
   lie within: little more data, but as many more waits. Memory and FLOPs are the same. `model.bn_group_size=32` avoids it.

@@ -1,5 +1,6 @@
 """Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -70,8 +71,7 @@ class HaloAttention(nn.Module):
             return "xla"
         choice = self.choose(*shape[:3])
         if choice.reason:
-            level = logging.INFO if self.implementation == "auto" else logging.WARNING
-            logging.getLogger(__name__).log(level, '%s: "xla" instead of "pallas": %s', self.name, choice.reason)
+            _warn_once(choice.reason)
         return choice.implementation
 
     @nn.nowrap
@@ -85,6 +85,11 @@ class HaloAttention(nn.Module):
             split(1, self.value_channels or self.channels), block_size=self.block_size, halo_size=self.halo_size,
             stride=self.stride, centered=self.window == "centered", masked=self.padding == "mask",
         )  # fmt: skip
+
+
+@functools.cache
+def _warn_once(reason):
+    logging.getLogger(__name__).warning('attention by "xla" instead of "pallas": %s', reason)
 
 
 class BatchNorm(nn.Module):

@@ -1,12 +1,13 @@
 """The contract of blocked local self-attention with haloing (HaloNet, arXiv 2103.12731, sections 2-3)."""
 
+import numbers
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 
-from halonet_jax.ops import selection
+from halonet_jax.ops import reference, selection
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas", "reference")
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
 
@@ -58,7 +59,9 @@ def halo_attention(
             tables divided by it.)
         implementation: "auto" (the fastest, by `selection`), "xla" (einsums), "pallas" (fused kernels for the device, for the
             shapes to which `unsupported` of `pallas_tpu` or `pallas_gpu` has no objection; interpreted on a CPU, which is
-            slow), "reference" (slow, obvious, in float32), or a function like `reference.attend`.
+            slow), "reference" (slow, obvious, in float32), or a function like `reference.attend`. The device is the one that
+            the program is traced for (see `per_device.device`), for export too. All differentiate in reverse; on a CPU and in
+            fused kernels, which have derivatives of their own, not forward (`jax.jvp`): "reference" does.
 
     Returns:
         `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;
@@ -77,17 +80,22 @@ def halo_attention(
     )
     if not callable(implementation):
         implementation = selection.function(implementation, q, k, v, **options)
-    return implementation(q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
+    if block_size % stride == 0 or implementation is reference.attend:
+        return implementation(q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
+    # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
+    q = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
+    out = implementation(q, k, v, rel_rows, rel_cols, **options | {"stride": 1}, logits_scale=logits_scale)
+    return out[:, ::stride, ::stride]
 
 
 def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
     for name, value, known in (
-        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, IMPLEMENTATIONS)
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, selection.NAMES)
     ):  # fmt: skip
         if value not in known and not (name == "implementation" and callable(value)):
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
-        if not isinstance(value, int) or value < least:
+        if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
     for name, array, rank, axes in (
         ("q", q, 5, "[batch, height, width, heads, channels]"), ("k", k, 5, "[batch, height, width, heads, channels]"),
@@ -96,6 +104,9 @@ def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, p
     ):  # fmt: skip
         if array.ndim != rank:
             raise ValueError(f"{name} has shape {array.shape}; it must be {axes}")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
+            raise ValueError(f"{name} is {array.dtype}; it must be float32 or bfloat16 (in float16, masked logits overflow)")
     batch, height, width, heads, channels = k.shape
     expected_q = (batch, -(-height // stride), -(-width // stride), heads, channels)
     if q.shape != expected_q:

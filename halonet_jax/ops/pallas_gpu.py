@@ -30,10 +30,6 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "xla" or "auto"')
-    if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        dense = jnp.zeros_like(k).at[:, ::stride, ::stride].set(q.astype(k.dtype))
-        out = attend(dense, k, v, rel_rows, rel_cols, **dict(options, stride=1), logits_scale=logits_scale)
-        return out[:, ::stride, ::stride]
     plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
     beside = plan.channels - rel_rows.shape[1]  # channels that the other table has
     tables = jnp.concatenate([jnp.pad(rel_rows, ((0, 0), (0, beside))), jnp.pad(rel_cols, ((0, 0), (beside, 0)))])  # [2T, D]

@@ -34,10 +34,6 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
     if device().platform != "tpu":
         warnings.warn('implementation="pallas" is interpreted on this device, which is slow; use "auto"', stacklevel=3)
-    if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
-        out = attend(dense, k, v, rel_rows, rel_cols, **dict(options, stride=1), logits_scale=logits_scale)
-        return out[:, ::stride, ::stride]
     plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
     tables = jnp.stack([
         _lay_table(plan, rel_rows, plan.rows, block_size, halo_size, 0),

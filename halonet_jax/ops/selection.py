@@ -4,10 +4,12 @@ import math
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AxisType
 
 from halonet_jax.ops import pallas_gpu, pallas_tpu, reference, xla, xla_cpu
 from halonet_jax.ops.per_device import cut_axes, device
 
+NAMES = ("auto", "xla", "pallas", "reference")
 # The einsum by platform; elsewhere it is `xla`.
 EINSUM = {"cpu": xla_cpu}
 # The fused kernels by platform. Where there are none, TPU's are interpreted.
@@ -30,13 +32,14 @@ def choose(implementation: str, q, k, v, *, block_size, halo_size, stride, cente
 
     q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`.
     """
+    if not (implementation in NAMES or callable(implementation)):
+        raise ValueError(f"attention_impl={implementation!r} is unknown; use one of {', '.join(NAMES)}")
     if implementation not in ("auto", "pallas"):
         return Choice(implementation)
-    if implementation == "auto":
-        if device().platform not in AUTO_FUSED:
-            return Choice("xla")
-        if reason := _uncut(q.shape[0]):
-            return Choice("xla", reason)
+    if implementation == "auto" and device().platform not in AUTO_FUSED:
+        return Choice("xla")
+    if device().platform in FUSED and (reason := _uncut(q.shape[0])):
+        return Choice("xla", reason)
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = fused().unsupported(q, k, v, **options)
     return Choice("xla", reason) if reason else Choice("pallas")
@@ -60,6 +63,12 @@ def _uncut(batch):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         count = jax.device_count()
-        return f"of {count} devices, no mesh is set; jax.set_mesh says how to cut the batch" if count > 1 else None
+        return (
+            f"of {count} devices, no mesh is set; jax.set_mesh, with Auto axes, says how to cut the batch"
+            if count > 1
+            else None
+        )
+    if AxisType.Explicit in mesh.axis_types:
+        return "the mesh has Explicit axes; give jax.make_mesh axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes"
     count = math.prod(mesh.shape[name] for name in cut_axes(mesh))
     return f"a batch of {batch} does not divide over {count} devices" if batch % count else None

@@ -38,14 +38,6 @@ class Axis(NamedTuple):
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
-    if block_size % stride:  # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.
-        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
-        out = attend(
-            dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
-            masked=masked, logits_scale=logits_scale,
-        )  # fmt: skip
-        return out[:, ::stride, ::stride]
-
     batch, height, width, heads, channels = k.shape
     rows = make_axis(height, block_size, halo_size, stride, centered, masked)
     cols = make_axis(width, block_size, halo_size, stride, centered, masked)

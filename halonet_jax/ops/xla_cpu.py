@@ -16,14 +16,6 @@ from halonet_jax.ops import xla
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
     """See `halo_attention` for the contract."""
-    if block_size % stride:  # as in `xla`
-        dense = jnp.zeros(k.shape, q.dtype).at[:, ::stride, ::stride].set(q)
-        out = attend(
-            dense, k, v, rel_rows, rel_cols, block_size=block_size, halo_size=halo_size, stride=1, centered=centered,
-            masked=masked, logits_scale=logits_scale,
-        )  # fmt: skip
-        return out[:, ::stride, ::stride]
-
     batch, height, width, heads, channels = k.shape
     rows = xla.make_axis(height, block_size, halo_size, stride, centered, masked)
     cols = xla.make_axis(width, block_size, halo_size, stride, centered, masked)
@@ -102,7 +94,7 @@ class _Attention:
             d_v = _wide("bjkq,bjeq->bjke", weights.astype(v.dtype), d_out)
             return d_q, self.bands(d_k), self.bands(d_v), d_position
 
-        delta = (d_out.astype(jnp.float32) * out).sum(-2)
+        delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-2)
         d_q, d_k, d_v, d_position = _map(body, q, *position, d_out, log_total, delta)
         logits_of = lambda q, *tables: _map(functools.partial(self.position, tables=tables), q)
         d_q_position, *d_tables = jax.vjp(logits_of, q, *tables)[1](d_position)

@@ -158,10 +158,11 @@ def test_bad_arguments_name_value_and_rule(name, overrides, message):
         models.create(name, **overrides)
 
 
-def tpu(kind, *sizes):
+def tpu(kind, *sizes, axis_type=jax.sharding.AxisType.Auto):
     """A mesh of chips that are not at hand."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=2 if kind == "TPU v4" else 1, platform="tpu")
-    return jax.sharding.AbstractMesh(sizes, ("data", "fsdp")[: len(sizes)], abstract_device=device)
+    names = ("data", "fsdp")[: len(sizes)]
+    return jax.sharding.AbstractMesh(sizes, names, axis_types=(axis_type,) * len(sizes), abstract_device=device)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +173,8 @@ def tpu(kind, *sizes):
         (tpu("TPU v5 lite", 3), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: a batch of 8 does not divide"),
         (tpu("TPU v4", 4), "h1", {"block_size": 32, "halo_size": 16, "scan": True}, "MiB of on-chip memory, of 16)"),
         (tpu("TPU v3", 4), "h1", {}, "xla for 19 of 19 layers (stages 1, 2, 3, 4: kernels with bfloat16 products do not compile"),
+        (tpu("TPU v5 lite", 4, axis_type=jax.sharding.AxisType.Explicit), "h1", {},
+         "the mesh has Explicit axes; give jax.make_mesh axis_types="),
         (tpu("TPU v5 lite", 4), "resnet50", {}, "attention on TPU v5 lite: none"),
         (None, "h1", {}, "attention on cpu: xla for 19 of 19 layers"),
         (None, "h1", {"attention_impl": "pallas", "halo_size": 9},

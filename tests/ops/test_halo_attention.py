@@ -211,3 +211,14 @@ def test_bad_arguments_name_value_and_rule(change, message):
     inputs = make_inputs(0, 8, 8, 4, 1)
     with pytest.raises(ValueError, match=message):
         halo_attention(*inputs, **{"block_size": 4, "halo_size": 1, **change})
+
+
+def test_dtypes():
+    """float64 has all gradients in float64 (of xla_cpu's own backward pass, too); float16 could not hold what masks."""
+    with jax.enable_x64(True):
+        inputs = [jnp.asarray(np.asarray(x), jnp.float64) for x in make_inputs(0, 5, 6, 4, 1)]
+        attend = functools.partial(halo_attention, block_size=4, halo_size=1, implementation=xla_cpu.attend)
+        gradients = jax.grad(lambda *x: attend(*x).sum(), argnums=range(5))(*inputs)
+        assert {x.dtype for x in gradients} == {np.dtype("float64")}
+    with pytest.raises(ValueError, match="q is float16; it must be float32 or bfloat16"):
+        halo_attention(*(x.astype(jnp.float16) for x in make_inputs(0, 8, 8, 4, 1)), block_size=4, halo_size=1)
