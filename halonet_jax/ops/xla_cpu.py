@@ -96,20 +96,25 @@ class _Attention:
 
         delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-2)
         d_q, d_k, d_v, d_position = _map(body, q, *position, d_out, log_total, delta)
-        logits_of = lambda q, *tables: _map(functools.partial(self.position, tables=tables), q)
-        d_q_position, *d_tables = jax.vjp(logits_of, q, *tables)[1](d_position)
+        # Not in the loop: gradients of the tables are sums over the batch, and there a sum over devices in every iteration.
+        d_position = tuple(d.reshape(*d.shape[:-1], self.rows.queries, self.cols.queries) for d in d_position)
+        d_q_position, *d_tables = jax.vjp(self.unmasked_position, q, *tables)[1](d_position)
         d_q = d_q.swapaxes(-1, -2).reshape(q.shape).astype(q.dtype) + d_q_position
         d_k, d_v = (self.rows_added(d, x) for d, x in ((d_k, k), (d_v, v)))
         return d_q, d_k, d_v, *d_tables
 
     def position(self, n, i, q, tables):
         """Scaled and masked logits of the rows and columns of each window, `[B, J, R, Q]` and `[B, J, S, Q]`, float32."""
-        half = tables[0].shape[-1]
-        row_logits = self.scale * _wide("bjyxd,yrd->bjryx", q[..., :half], tables[0])
-        col_logits = self.scale * _wide("bjyxd,xsd->bjsyx", q[..., -half:], tables[1])
+        row_logits, col_logits = self.unmasked_position(q, *tables)
         row_logits += jnp.asarray(self.rows.bias)[i].T[:, :, None]
         col_logits += self.cols.bias.swapaxes(1, 2)[:, :, None]
         return tuple(x.reshape(*x.shape[:3], -1) for x in (row_logits, col_logits))
+
+    def unmasked_position(self, q, rel_rows, rel_cols):
+        """`[…, Y, X, D]` to `[…, R, Y, X]` and `[…, S, Y, X]`."""
+        half = rel_rows.shape[-1]
+        row_logits = self.scale * _wide("...yxd,yrd->...ryx", q[..., :half], rel_rows)
+        return row_logits, self.scale * _wide("...yxd,xsd->...syx", q[..., -half:], rel_cols)
 
     def logits(self, k_windows, q, row_logits, col_logits, minus=None):
         """`[B, J, K, Q]`, less `minus` `[B, J, Q]`."""
