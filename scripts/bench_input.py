@@ -175,6 +175,7 @@ class Contestant:
         self._process.join(timeout=20)
         if self._process.is_alive():
             self._signal(signal.SIGKILL)
+            self._process.join()
 
     def _receive(self):
         try:
