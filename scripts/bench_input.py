@@ -156,7 +156,11 @@ class Contestant:
         self._process = context.Process(target=_serve, args=(theirs, make, c, num_batches))
         self._process.start()
         theirs.close()
-        self.reason = self._receive()
+        try:
+            self.reason = self._receive()
+        except BaseException:  # Ctrl-C goes to our own group alone
+            self._process.kill()
+            raise
         if not self.reason:
             self._signal(signal.SIGSTOP)
 
