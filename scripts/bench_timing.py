@@ -72,7 +72,7 @@ def measure(cases: list[Case], repeats: int, label: str) -> dict[str, Timing]:
             case.wait(start())
             once = _seconds(case, start, 1)
         except Exception as error:  # whatever a peer dies of is to be told, and the rest to go on
-            timings[case.name] = Timing([], _first_line(error))
+            timings[case.name] = Timing([], first_line(error))
             progress.done(repeats + 1)
             continue
         calls = 1 if jax.default_backend() == "cpu" else max(1, round(QUEUED_SECONDS / once))
@@ -98,7 +98,8 @@ def _seconds(case, start, calls):
     return (time.perf_counter() - begin) / calls
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """The reason that a table gives."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install -e '.[bench]'"
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -135,16 +136,23 @@ def ratio(timing: Timing, base: Timing) -> float | None:
     return float(np.median([mine / other for mine, other in zip(timing.seconds, base.seconds)]))
 
 
-def table(title: str, columns: dict[str, dict[str, Timing]], base: str, notes: dict[str, str] | None = None) -> str:
-    """Milliseconds and ratios to `base` of each case, `columns` being `{"forward": {case: timing}, …}`; Markdown."""
-    lines = [title, "", "| |" + "".join(f" {name}, ms | × |" for name in columns) + (" |" if notes else "")]
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.2f}"
+
+
+def table(
+    title: str, columns: dict[str, dict[str, Timing]], base: str, notes: dict[str, str] | None = None,
+    unit: str = "ms", show: Callable[[float], str] = milliseconds,
+) -> str:  # fmt: skip
+    """Medians (by `show`, in `unit`) and ratios to `base` of each case, `columns` being `{what: {case: timing}}`; Markdown."""
+    lines = [title, "", "| |" + "".join(f" {name}, {unit} | × |" for name in columns) + (" |" if notes else "")]
     lines.append("|---|" + "--:|--:|" * len(columns) + ("---|" if notes else ""))
     reasons = []
     for case in next(iter(columns.values())):
         row = f"| {case} |"
         for column, timings in columns.items():
             timing, times = timings[case], ratio(timings[case], timings[base])
-            row += f" {1e3 * timing.median:.2f} |" if timing.seconds else " – |"
+            row += f" {show(timing.median)} |" if timing.seconds else " – |"
             row += f" {times:.2f} |" if times else " |"
             if timing.reason:
                 reasons.append(f"{case}, {column}: {timing.reason}")
@@ -161,10 +169,10 @@ def records(columns: dict[str, dict[str, Timing]], base: str, **about) -> list[d
     ]
 
 
-def machine() -> dict:
+def machine(*distributions: str) -> dict:
     """What the figures were taken on; `load` is the number of processes that wanted to run in the last minute."""
     versions = {}
-    for name in ("jax", "jaxlib", "flax", "torch", "timm", "halonet-pytorch"):
+    for name in ("jax", "jaxlib", "flax", "torch", "timm", "halonet-pytorch", *distributions):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {

@@ -10,30 +10,37 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-ATTENTION = ["bench_attention.py", "--layers=h1s4", "--batch=1", "--map_size=6", "--operator", "--cases=reference,timm"]
-MODEL = ["bench_model.py", "--stage_sizes=1,1,1,1", "--batch=2", "--image_size=32", "--cases=timm"]
+ATTENTION = "bench_attention.py --repeats=2 --layers=h1s4 --batch=1 --map_size=6 --operator --cases=reference,timm"
+MODEL = "bench_model.py --repeats=2 --stage_sizes=1,1,1,1 --batch=2 --image_size=32 --cases=timm"
+INPUT = "bench_input.py --rounds=2 --images=8 --batch=4 --image_size=32 --randaugment"
 
 
 @pytest.mark.parametrize(
-    "command, expected",
-    [(ATTENTION, {"halonet_jax reference", "halonet_jax xla"}), (MODEL, {"halonet_jax auto"})],
-    ids=("attention", "model"),
+    "command, expected, absent",
+    [
+        (ATTENTION, {"halonet_jax reference", "halonet_jax xla"}, "timm"),
+        (MODEL, {"halonet_jax auto"}, "timm"),
+        (INPUT, {"halonet_jax"}, "tf.data"),
+    ],
+    ids=("attention", "model", "input"),
 )
-def test_benchmark(command, expected, tmp_path):
-    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+def test_benchmark(command, expected, absent, tmp_path):
+    for peer in ("torch", "tensorflow"):
+        (tmp_path / f"{peer}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{peer}'\")\n")
+    script, *flags = command.split()
     out = subprocess.run(
-        [sys.executable, ROOT / "scripts" / command[0], *command[1:], "--repeats=2", f"--json={tmp_path / 'times.json'}"],
+        [sys.executable, ROOT / "scripts" / script, *flags, f"--json={tmp_path / 'times.json'}"],
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert "| timm" in out and "No module named 'torch'; pip install" in out
+    assert f"| {absent}" in out and "No module named 'torch'; pip install" in out
     results = json.loads((tmp_path / "times.json").read_text())["results"]
     measured = {r["case"] for r in results if r["seconds"]}
-    assert expected <= measured and not any("timm" in name for name in measured)
+    assert expected <= measured and not any(absent in name for name in measured)
     for r in results:
         assert (r["reason"] == "") == (len(r["seconds"]) == 2)
         assert r["ratio"] is None or r["ratio"] > 0
-        assert r["ratio"] == 1 or not r["case"].endswith(" auto")
+        assert r["ratio"] == 1 or r["case"] not in ("halonet_jax", "halonet_jax auto")
 
 
 def test_floors_need_no_timing():
