@@ -230,6 +230,7 @@ def shares(layer, columns):
 
 
 def main(argv):
+    timing.check_json(_JSON.value)
     itemsize = jnp.dtype(_DTYPE.value).itemsize
     for device in _FLOORS.value:
         if device not in floors.RATES:

@@ -43,6 +43,7 @@ LINKS = 64  # names of each file: drawing an order costs most in small sets, whi
 
 
 def main(argv):
+    timing.check_json(_JSON.value)
     if _IMAGES.value % _BATCH.value:
         raise app.UsageError(f"--images={_IMAGES.value} must be a multiple of --batch={_BATCH.value}")
     allowed = sorted(os.sched_getaffinity(0))

@@ -142,6 +142,7 @@ def cases(direction):
 
 
 def main(argv):
+    timing.check_json(_JSON.value)
     about = timing.machine()
     print(about, end="\n\n")
     size, ours = images_and_labels()[0].shape[1], f"halonet_jax {_OURS.value}"

@@ -14,6 +14,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants
 import jax
 import numpy as np
 import rival_cudnn
+from absl import app
 
 from halonet_jax.ops import pallas_gpu, pallas_tpu, xla, xla_cpu
 
@@ -179,6 +180,12 @@ def machine(*distributions: str) -> dict:
         "device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 2), "time": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions,
     }  # fmt: skip
+
+
+def check_json(path: str) -> None:
+    """Before minutes of timing: the file's folder must be there."""
+    if path and not os.path.isdir(os.path.dirname(path) or "."):
+        raise app.UsageError(f"--json={path}: there is no such folder; make it, or give another file")
 
 
 def write_json(path: str, results: list[dict], about: dict) -> None:

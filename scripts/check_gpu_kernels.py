@@ -24,6 +24,7 @@ from halonet_jax.ops import halo_attention
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a program, by compute capability (CUDA C++ guide)
 _MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "recipes in configs/")
+flags.register_validator("models", lambda names: set(names) <= {f"h{n}" for n in range(8)}, "known: h0 to h7")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computation")
 _COMPILE = flags.DEFINE_list("compile", [], "compute capabilities, such as 80 (A100), 89 (L4, RTX 40), 90 (H100)")
 _BATCH = flags.DEFINE_integer("batch", 8, "images")

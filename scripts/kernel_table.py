@@ -35,6 +35,8 @@ from halonet_jax.ops import halo_attention, pallas_tpu, xla  # noqa: E402
 
 _CHIPS = flags.DEFINE_list("chips", ["v4", "v5e", "v5p", "v6e"], "Which.")
 _MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "Which.")
+flags.register_validator("models", lambda names: set(names) <= set(IMAGE_SIZES), "known: h0 to h7")
+flags.register_validator("chips", lambda names: set(names) <= set(SLICES), "known: v3, v4, v5e, v5p, v6e")
 _BATCH = flags.DEFINE_integer("batch", 2, "Images on the chip.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of q, k and v.")
 _TRAFFIC = flags.DEFINE_bool("traffic", False, "Counts bytes too.")
