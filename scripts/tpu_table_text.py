@@ -36,8 +36,8 @@ FOOTER = """
   and max pooling's gradient. Fused attention kernels, for which there are none, count as their FLOPs at the
   peak. Use the estimate to rank and to budget; the first hundred real steps say what is true.
 - **Against the one step time on TPUs that the paper states**, 377 ms for `h4_base128` at 32 images a core of v3 (its table of
-  ImageNet-21k models): our step takes at least 735 ms there by its traffic, and 1,620 by the estimate. So our step moves at
-  least twice what the authors' can have moved; four fifths of that are attention's, three fifths in its backward pass.
+  ImageNet-21k models): our step takes at least 736 ms there by its traffic, and 1,533 by the estimate, with the einsum, since
+  v3 has no fused attention. So our step moves at least twice what the authors' can have moved; most of that is attention's.
 - **`model.scan=True` costs traffic**, 20 to 30 % of it ([performance.md](performance.md)), and saves compile time. Recipes to H4
   leave it off. Machine code, for the estimates of time, is compiled with it all the same.
 - **Batch norm over groups of 64** spans devices where one holds fewer images than that: every norm then makes all-reduces.
