@@ -7,6 +7,7 @@ each of its messages names the value, the rule and the remedy.
 import difflib
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import ml_collections
@@ -317,6 +318,13 @@ def _check_batches(config, device_count):
             f"model.bn_group_size={group} does not divide the {config.batch_size // steps} images of a (micro-)batch; "
             f"use a divisor of {config.batch_size // steps}, or 0 for statistics over all of it"
         )
+
+
+def independent_parts(config: ml_collections.ConfigDict) -> int:
+    """How many devices every batch divides over so that none shares batch-norm statistics with another."""
+    micro_batch, group = config.batch_size // max(1, config.optimizer.accumulation_steps), config.model.bn_group_size
+    groups = micro_batch // group if group > 0 and micro_batch % group == 0 else 1
+    return math.gcd(groups, config.eval_batch_size) or 1
 
 
 def _multiples(value, of):

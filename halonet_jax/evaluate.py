@@ -60,6 +60,7 @@ def evaluate(
     split = split or config.data.eval_split
     config.data.dir = data_dir or config.data.dir
     config.mesh.fsdp = 1  # weights are small beside a training state
+    sharding.use_cpu_cores(batch_size or config.eval_batch_size or config.batch_size)
     devices = jax.device_count()
     config.eval_batch_size = batch_size or -(-(config.eval_batch_size or config.batch_size) // devices) * devices
     config.batch_size = config.eval_batch_size

@@ -6,7 +6,8 @@
 
 A layer is projections to queries, keys and values, and attention; `h4s1` is that of H4's first stage. Peers (`pip install
 -e '.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of ours (`--implementation`):
-the median of the ratios in each round. What differs between contestants:
+the median of the ratios in each round. Without an accelerator, each core is a device of JAX's, as in training, over which batches
+are cut, where they divide; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. What differs between contestants:
 
 - timm's layer does not mask the padding and has relative tables of full width; lucidrains' has those, too, masks, has values
   as wide as keys, and an output projection.
@@ -25,6 +26,7 @@ from absl import app, flags
 
 from halonet_jax import models, ops
 from halonet_jax.analysis import floors
+from halonet_jax.training import sharding
 
 _LAYERS = flags.DEFINE_list("layers", ["h1s1", "h1s3", "h4s1"], "Layers: a model h0 to h7, s, a stage 1 to 4.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images.", lower_bound=1)
@@ -54,15 +56,18 @@ def make_module(layer, implementation, window=None):
 
 
 def jax_case(name, function, arguments, direction):
-    """`function(*arguments)`, or it and all gradients; arguments may be pytrees."""
+    """`function(*arguments)`, or it and all gradients; `arguments()` gives pytrees, placed."""
 
     def both(*arguments):
         out, vjp = jax.vjp(function, *arguments)
         return out, vjp(out)
 
+    def call(*arguments):
+        with sharding.use(timing.mesh()):
+            return (function if direction == "forward" else both)(*arguments)
+
     def make():
-        call = jax.jit(function if direction == "forward" else both)
-        return functools.partial(call, *arguments())
+        return functools.partial(jax.jit(call), *arguments())
 
     return timing.Case(name, make)
 
@@ -71,7 +76,12 @@ def layer_case(name, layer, direction, **options):
     module = make_module(layer, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((layer.batch, layer.height, layer.width, layer.channels)))
     x = x.astype(_DTYPE.value)
-    return jax_case(name, module.apply, lambda: (jax.jit(module.init)(jax.random.key(0), x), x), direction)
+
+    def arguments():
+        variables = jax.jit(module.init)(jax.random.key(0), x)
+        return timing.place(variables, cut=False), timing.place(x, cut=True)
+
+    return jax_case(name, module.apply, arguments, direction)
 
 
 def torch_case(name, build, layer, direction, compiled=False):
@@ -186,10 +196,11 @@ def operator_cases(layer, direction):
     channels, table = n.channels // n.heads, 2 * n.block_size + 2 * n.halo_size - 1
     shapes = [(*shape, channels)] * 2 + [(*shape, n.value_channels // n.heads)]
     arrays = [jnp.asarray(rng.standard_normal(s), _DTYPE.value) for s in shapes]
-    arrays += [jnp.asarray(rng.standard_normal((table, channels // 2)), jnp.float32)] * 2
+    tables = [jnp.asarray(rng.standard_normal((table, channels // 2)), jnp.float32)] * 2
+    placed = lambda: [*timing.place(arrays, cut=True), *timing.place(tables, cut=False)]
     attend = functools.partial(ops.halo_attention, block_size=n.block_size, halo_size=n.halo_size)
     return [
-        jax_case(name, functools.partial(attend, implementation=value), lambda: arrays, direction)
+        jax_case(name, functools.partial(attend, implementation=value), placed, direction)
         for name, value in timing.ours(_OURS.value, reference=False).items()
     ]
 
@@ -241,6 +252,7 @@ def main(argv):
         raise app.UsageError(str(error)) from None
     if _FLOORS.value:
         return print_floors(itemsize)
+    sharding.use_cpu_cores(_BATCH.value)
     about, results = timing.machine(), []
     print(about, end="\n\n")
     for name, layer in layers.items():

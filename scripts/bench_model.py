@@ -4,21 +4,23 @@
     python scripts/bench_model.py --batch=128 --dtype=bfloat16               # on a GPU
 
 A training step is loss with label smoothing, gradients and SGD with Nesterov momentum and weight decay on both sides, with
-float32 parameters; bfloat16 is autocast on PyTorch's. "×" is a case's time over that of ours (`--implementation`): the median of
-the ratios in each round. timm's `halonet_h1` has ReLU where the paper and we have SiLU, zero padding where ours is masked, and
-8.10 M parameters to our 8.08 M.
+float32 parameters; bfloat16 is autocast on PyTorch's. Without an accelerator, each core is a device of JAX's, as in training,
+over which the batch is cut, where it divides; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. "×" is a case's time
+over that of ours (`--implementation`): the median of the ratios in each round. timm's `halonet_h1` has ReLU where the paper and
+we have SiLU, zero padding where ours is masked, and 8.10 M parameters to our 8.08 M.
 """
+
+import functools
 
 import bench_timing as timing
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags
 
 from halonet_jax import models
 from halonet_jax.analysis import floors
-from halonet_jax.training import state, step
+from halonet_jax.training import sharding, state, step
 from halonet_jax.training.task import Task
 
 _MODEL = flags.DEFINE_enum("model", "h1", list(models.names()), "Which of our models; only h1 has a peer.")
@@ -71,16 +73,23 @@ def our_case(name, implementation, direction):
         if _STAGES.value:
             options["stage_sizes"] = tuple(map(int, _STAGES.value))
         images, labels = images_and_labels()
-        batch = {"image": jnp.asarray(images), "label": jnp.asarray(labels)}
-        task = make_task(models.create(_MODEL.value, CLASSES, **options), batch["image"])
+        mesh, batch = timing.mesh(), timing.place({"image": images, "label": labels}, cut=True)
+        task = make_task(models.create(_MODEL.value, CLASSES, **options), images[:1])
         optimizer = optax.chain(
             optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
         )
-        train_state = jax.jit(lambda: state.create(task, optimizer, seed=0, ema=False))()
+        everywhere = jax.NamedSharding(mesh, jax.P())
+        train_state = jax.jit(lambda: state.create(task, optimizer, seed=0, ema=False), out_shardings=everywhere)()
         if direction == FORWARD:
-            predict = jax.jit(task.predict)
-            return lambda: predict(train_state.params, train_state.model_state, batch)
-        train_step = jax.jit(step.make_train_step(task, optimizer, seed=0, ema_decay=0.0), donate_argnums=0)
+
+            def predict(params, model_state, batch):
+                with sharding.use(mesh):
+                    return task.predict(params, model_state, batch)
+
+            return functools.partial(jax.jit(predict), train_state.params, train_state.model_state, batch)
+        train_step = jax.jit(
+            step.make_train_step(task, optimizer, seed=0, ema_decay=0.0, mesh=mesh), donate_argnums=0, out_shardings=everywhere
+        )
 
         def start():
             nonlocal train_state
@@ -143,6 +152,7 @@ def cases(direction):
 
 def main(argv):
     timing.check_json(_JSON.value)
+    sharding.use_cpu_cores(_BATCH.value // (_GROUP.value or 1))
     about = timing.machine()
     print(about, end="\n\n")
     size, ours = images_and_labels()[0].shape[1], f"halonet_jax {_OURS.value}"

@@ -17,6 +17,7 @@ import rival_cudnn
 from absl import app
 
 from halonet_jax.ops import pallas_gpu, pallas_tpu, xla, xla_cpu
+from halonet_jax.training import sharding
 
 # What there is by platform, for halonet_jax's `implementation`.
 OURS = {
@@ -53,6 +54,16 @@ class Timing(NamedTuple):
     @property
     def median(self) -> float:
         return float(np.median(self.seconds))
+
+
+def mesh() -> jax.sharding.Mesh:
+    """One accelerator, or all that `sharding.use_cpu_cores` made of a CPU: PyTorch, too, has one accelerator, or all cores."""
+    return sharding.make_mesh(devices=jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1])
+
+
+def place(tree: Any, cut: bool) -> Any:
+    """Arrays on the devices of `mesh`, cut along their first axis or whole on each."""
+    return jax.device_put(tree, jax.NamedSharding(mesh(), sharding.BATCH if cut else jax.P()))
 
 
 def ours(first: str, reference: bool) -> dict[str, Any]:
@@ -178,6 +189,7 @@ def machine(*distributions: str) -> dict:
             versions[name] = importlib.metadata.version(name)
     return {
         "device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "cores": len(os.sched_getaffinity(0)),
+        "devices": mesh().size,
         "load": round(os.getloadavg()[0], 2), "time": time.strftime("%Y-%m-%d %H:%M:%S"), "versions": versions,
     }  # fmt: skip
 

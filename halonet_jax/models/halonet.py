@@ -19,7 +19,7 @@ def _conv(features, kernel_size, stride=1, **rest):
     """Pads symmetrically: a strided conv's output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are."""
     return nn.Conv(
         features, (kernel_size, kernel_size), (stride, stride), padding=kernel_size // 2, use_bias=False,
-        kernel_init=nn.initializers.he_normal(), **rest,
+        kernel_init=nn.initializers.he_normal(), conv_general_dilated=layers.conv_general_dilated, **rest,
     )  # fmt: skip
 
 
@@ -125,7 +125,7 @@ class Backbone(nn.Module):
         if self.stem == "conv":
             x = _conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
             x = norm(name="stem_norm", activation=activation)(x)
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = layers.max_pool(x)
         else:
             x = nn.Conv(
                 self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),

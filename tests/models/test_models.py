@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from halonet_jax import models
 from halonet_jax.models import layers
@@ -187,3 +188,12 @@ def test_a_layer_that_the_fused_kernels_cannot_do_falls_back(caplog):
     x = jnp.zeros((1, 8, 8, 16))
     jax.eval_shape(layer.apply, jax.eval_shape(layer.init, jax.random.key(0), x), x)
     assert '"xla" instead of "pallas": halo_size=3 is more than block_size=2' in caplog.text
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10), (1, 1)])
+def test_max_pool_is_flax(size):
+    x = jax.random.normal(jax.random.key(0), (2, *size, 3))
+    flax_pool = lambda x: nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    (ours, our_vjp), (theirs, their_vjp) = (jax.vjp(pool, x) for pool in (layers.max_pool, flax_pool))
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_allclose(our_vjp(ours)[0], their_vjp(theirs)[0], rtol=1e-6)
