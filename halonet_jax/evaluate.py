@@ -74,6 +74,10 @@ def evaluate(
         source = data.open_source(config.data, split)
     mesh = sharding.make_mesh()
     task = tasks.make_task(config, source.num_classes)
+    with sharding.use(mesh):
+        description = task.describe()
+    if jax.process_index() == 0:
+        print(f"  {description}", flush=True)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     abstract = jax.tree.map(
