@@ -74,16 +74,16 @@ def evaluate(
         source = data.open_source(config.data, split)
     mesh = sharding.make_mesh()
     task = tasks.make_task(config, source.num_classes)
-    with sharding.use(mesh):
-        description = task.describe()
-    if jax.process_index() == 0:
-        print(f"  {description}", flush=True)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", read_only=True)
     abstract = jax.eval_shape(task.init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.NamedSharding(mesh, jax.P())), abstract
     )
     at_step, weights = checkpointer.restore_weights(abstract, _step_number(checkpointer, at), ema=ema)
+    with sharding.use(mesh):
+        description = task.describe()
+    if jax.process_index() == 0:
+        print(f"  {description}", flush=True)
 
     eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=jax.NamedSharding(mesh, jax.P()))
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
