@@ -64,6 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
         StorageError: where the workdir can no longer be written.
     """
     begin = time.monotonic()
+    sharding.use_cpu_cores(config_lib.independent_parts(config))  # before anything asks JAX for its devices
     with stopping.StopRequest() as stop:
         run, train_state, position = prepare(config, workdir, stop)
         start_step = int(train_state.step)
@@ -92,7 +93,6 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
 def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any]]:
     """Config to data to state to programs: everything up to the first step. Returns also what the checkpoint says of data."""
     clock = reporting.StartUpClock()
-    sharding.use_cpu_cores(config_lib.independent_parts(config))
     is_writer = jax.process_index() == 0
     config_lib.validate(config, jax.device_count())
     distributed.check_same("config or version", config_lib.to_json(config) + __version__ + jax.__version__)

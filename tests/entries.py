@@ -25,11 +25,11 @@ TINY = {
 
 
 def environment(devices=1):
-    """The environment of an entry's process, less what this test process was given."""
+    """The environment of an entry's process, less what this test process was given. With 0, the entry chooses the devices."""
     return os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" if devices else "",
         "JAX_COMPILATION_CACHE_DIR": CACHE,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -1,6 +1,7 @@
 """`halonet_jax.train` and `halonet_jax.evaluate` as a user runs them: what they write and print, and what mistakes give."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -217,6 +218,13 @@ def test_mistakes_in_the_flags_are_told_in_one_line(arguments, message):
 def test_batch_that_devices_do_not_divide(tmp_path):
     done = run(train_command(tmp_path / "run", batch_size=100), code=2, devices=8)
     assert "batch_size=100 does not divide over 8 devices; use 96 or 104" in one_line(done)
+
+
+def test_each_core_is_a_device(tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    for group, expected in ((1, max(n for n in range(1, cores + 1) if 32 % n == 0)), (32, 1)):
+        done = train(tmp_path, 2, devices=0, model__bn_group_size=group, mesh__fsdp=1000)
+        assert f"mesh.fsdp=1000 does not divide {expected} devices" in done.stderr
 
 
 @pytest.mark.parametrize("arguments, message", [
