@@ -4,10 +4,10 @@
     python scripts/bench_attention.py --layers=h1s1 --batch=64 --dtype=bfloat16 --operator     # on a GPU or TPU
     python scripts/bench_attention.py --floors=v5e,H100 --layers=h1s1,h1s3   # no timing: the least time it can take
 
-A layer is projections to queries, keys and values, and attention; `h4s1` is that of H4's first stage. Peers (`pip install
--e '.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of ours (`--implementation`):
-the median of the ratios in each round. Without an accelerator, each core is a device of JAX's, as in training, over which batches
-are cut, where they divide; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. What differs between contestants:
+A layer is projections to queries, keys and values, and attention; `h4s1` is that of H4's first stage. Peers (`pip install -e
+'.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of ours (`--implementation`): the
+median of the ratios in each round. Without an accelerator, each core is a device of JAX's, over which batches are cut, where
+they divide; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. What differs between contestants:
 
 - timm's layer does not mask the padding and has relative tables of full width; lucidrains' has those, too, masks, has values
   as wide as keys, and an output projection.

@@ -46,9 +46,8 @@ def main(argv):
     timing.check_json(_JSON.value)
     if _IMAGES.value % _BATCH.value:
         raise app.UsageError(f"--images={_IMAGES.value} must be a multiple of --batch={_BATCH.value}")
-    os.environ.setdefault(
-        "PYTHONWARNINGS", "ignore:resource_tracker"
-    )  # contestants are killed, and it would list what they leave
+    # Contestants are killed, and Python's tracker of semaphores would list those that they leave.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     allowed = sorted(os.sched_getaffinity(0))
     if _CORES.value > len(allowed):
         raise app.UsageError(f"--cores={_CORES.value} are more than the {len(allowed)} there are")

@@ -4,10 +4,11 @@
     python scripts/bench_model.py --batch=128 --dtype=bfloat16               # on a GPU
 
 A training step is loss with label smoothing, gradients and SGD with Nesterov momentum and weight decay on both sides, with
-float32 parameters; bfloat16 is autocast on PyTorch's. Without an accelerator, each core is a device of JAX's, as in training,
-over which the batch is cut, where it divides; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. "×" is a case's time
-over that of ours (`--implementation`): the median of the ratios in each round. timm's `halonet_h1` has ReLU where the paper and
-we have SiLU, zero padding where ours is masked, and 8.10 M parameters to our 8.08 M.
+float32 parameters; bfloat16 is autocast on PyTorch's. Without an accelerator, each core is a device of JAX's, over which the
+batch is cut, where it divides, its one batch-norm group too (training cuts between groups alone: `--bn_group_size`);
+JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. "×" is a case's time over that of ours
+(`--implementation`): the median of the ratios in each round. timm's `halonet_h1` has ReLU where the paper and we have SiLU,
+zero padding where ours is masked, and 8.10 M parameters to our 8.08 M.
 """
 
 import functools

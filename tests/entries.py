@@ -26,7 +26,8 @@ TINY = {
 
 def environment(devices=1):
     """The environment of an entry's process, less what this test process was given. With 0, the entry chooses the devices."""
-    return os.environ | {
+    given = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"}
+    return given | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}" if devices else "",

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "JAX_NUM_CPU_DEVICES"} | {
     "PYTHONPATH": str(ROOT),
     "JAX_PLATFORMS": "cpu",
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",

@@ -86,3 +86,13 @@ def test_unknown_keys_fail():
         config_lib.from_json('{"model": {"nmae": "h0"}}')
     with pytest.raises(config_lib.ConfigError, match="'smok' is unknown"):
         config_lib.with_argument(config_lib.imagenet(), "smok")
+
+
+@pytest.mark.parametrize("batch_size, steps, group, eval_batch_size, parts", [
+    (4096, 1, 64, 0, 64), (4096, 8, 64, 0, 8), (64, 1, 0, 0, 1), (64, 1, 16, 6, 2), (100, 1, 64, 0, 1), (0, 0, -1, 0, 1),
+])  # fmt: skip
+def test_parts_of_a_batch_that_share_no_statistics(batch_size, steps, group, eval_batch_size, parts):
+    config = config_lib.imagenet()
+    config.batch_size, config.optimizer.accumulation_steps, config.eval_batch_size = batch_size, steps, eval_batch_size
+    config.model.bn_group_size = group
+    assert config_lib.independent_parts(config) == parts

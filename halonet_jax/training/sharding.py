@@ -23,9 +23,10 @@ MIN_SHARDED_SIZE = 2**14
 def use_cpu_cores(parts: int) -> None:
     """Makes cores of this machine devices of their own, as many as divide `parts`; to be called before JAX touches a device.
 
-    Of use where there is no accelerator: two cores with a program each are 1.4 to 2 times as fast as one program on both
-    (docs/performance.md). Nothing changes where several processes run, where JAX_NUM_CPU_DEVICES or XLA_FLAGS gives the
-    number, and where JAX has its devices already.
+    Of use where there is no accelerator, and without effect where there is one: two cores with a program each are faster than
+    one program on both (docs/performance.md). Each holds a copy of the state, as every device does. Nothing changes where several
+    processes run, where JAX_NUM_CPU_DEVICES or XLA_FLAGS gives the number, and where JAX has its devices already. Give the
+    number where a container's share of CPU time is less than the cores that it sees.
     """
     given = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or jax.distributed.is_initialized():

@@ -197,3 +197,12 @@ def test_max_pool_is_flax(size):
     (ours, our_vjp), (theirs, their_vjp) = (jax.vjp(pool, x) for pool in (layers.max_pool, flax_pool))
     np.testing.assert_array_equal(ours, theirs)
     np.testing.assert_allclose(our_vjp(ours)[0], their_vjp(theirs)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("kernel_size, stride", [(1, 1), (1, 2), (3, 2)])
+def test_convolutions_are_flax(kernel_size, stride):
+    x, kernel_shape = jax.random.normal(jax.random.key(0), (2, 5, 6, 3)), (kernel_size, kernel_size, 3, 4)
+    conv = lambda **options: nn.Conv(
+        4, kernel_shape[:2], (stride, stride), padding=kernel_size // 2, use_bias=False, **options
+    ).apply({"params": {"kernel": jnp.ones(kernel_shape)}}, x)  # fmt: skip
+    np.testing.assert_allclose(conv(conv_general_dilated=layers.conv_general_dilated), conv(), rtol=1e-5)
