@@ -15,8 +15,8 @@ ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "JAX_NU
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     "XLA_FLAGS": "",
 }
-ATTENTION = "bench_attention.py --repeats=2 --layers=h1s4 --batch=1 --map_size=6 --operator --cases=reference,timm"
-MODEL = "bench_model.py --repeats=2 --stage_sizes=1,1,1,1 --batch=2 --image_size=32 --cases=timm"
+ATTENTION = "bench_attention.py --repeats=2 --layers=h1s4 --batch=2 --map_size=6 --operator --cases=reference,timm"
+MODEL = "bench_model.py --repeats=2 --stage_sizes=1,1,1,1 --batch=1 --image_size=32 --cases=timm"
 INPUT = "bench_input.py --rounds=2 --images=8 --batch=4 --image_size=32 --randaugment"
 
 
