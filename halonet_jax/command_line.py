@@ -10,10 +10,8 @@ from collections.abc import Callable
 import jax
 from absl import app, flags, logging
 
-from halonet_jax.config import ConfigError
-from halonet_jax.data import DataError
-from halonet_jax.training import distributed, stopping
-from halonet_jax.training.checkpoint import CheckpointError
+from halonet_jax import errors
+from halonet_jax.runtime import distributed, stopping
 
 _COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; on TPU slices and under Slurm, found.")
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: this one alone.")
@@ -26,12 +24,12 @@ _PEER_TIMEOUT = flags.DEFINE_integer(
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
-class UsageError(ValueError):
+class UsageError(errors.UserError):
     """Flags that cannot be understood."""
 
 
 def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) -> None:
-    """Parses flags, runs `main` and exits with its code, or with that of the failure (see `training.stopping`)."""
+    """Parses flags, runs `main` and exits with its code, or with that of the failure (see `runtime.stopping`)."""
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -46,13 +44,13 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
         app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags))
     except SystemExit as done:  # absl's way to return
         code = done.code or 0
-    except (UsageError, ConfigError, DataError, CheckpointError) as error:
+    except errors.UserError as error:
         code = _fail(error, stopping.EXIT_BAD_INPUT)
-    except distributed.DistributedError as error:
+    except errors.DistributedError as error:
         code = _fail(error, stopping.EXIT_LOST_PEER if error.peer_failed else stopping.EXIT_BAD_INPUT)
-    except stopping.NonFiniteLoss as error:
+    except errors.NonFiniteLoss as error:
         code = _fail(error, stopping.EXIT_NON_FINITE)
-    except stopping.StorageError as error:
+    except errors.StorageError as error:
         code = _fail(error, stopping.EXIT_STORAGE)
     except KeyboardInterrupt:
         code = _fail("interrupted; nothing was saved since the last checkpoint", stopping.EXIT_INTERRUPTED)
@@ -108,7 +106,7 @@ def _parse(argv, required_flags):
             getattr(flags.FLAGS[name].value, "lock", None)  # a config file that is missing fails at first use only
     except flags.Error as error:
         # Of a recipe that raises, absl has the whole traceback as text; of a ConfigError the last line is enough.
-        *_, message = str(error).split("halonet_jax.config.ConfigError: ")
+        *_, message = str(error).split("halonet_jax.errors.ConfigError: ")
         raise UsageError(message.strip()) from None
     except OSError as error:
         reason = str(error).splitlines()[-1].strip()

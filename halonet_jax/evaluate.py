@@ -9,10 +9,11 @@ import re
 import jax
 from absl import flags
 
-from halonet_jax import command_line, data, tasks
+from halonet_jax import command_line, data, errors, tasks
 from halonet_jax import config as config_lib
-from halonet_jax import workdir as workdir_lib
-from halonet_jax.training import checkpoint, distributed, sharding, step
+from halonet_jax.runtime import distributed
+from halonet_jax.runtime import workdir as workdir_lib
+from halonet_jax.training import checkpoint, sharding, step
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, as given to halonet_jax.train.")
 _SPLIT = flags.DEFINE_string("split", None, "Split to evaluate; default: the config's data.eval_split.")
@@ -55,7 +56,7 @@ def evaluate(
     """
     workdir = workdir_lib.locate(workdir)
     if not (workdir / "config.json").exists():
-        raise config_lib.ConfigError(f"workdir {workdir} holds no config.json; give the --workdir of a training run")
+        raise errors.ConfigError(f"workdir {workdir} holds no config.json; give the --workdir of a training run")
     config = config_lib.from_json((workdir / "config.json").read_text())
     split = split or config.data.eval_split
     config.data.dir = data_dir or config.data.dir
@@ -91,7 +92,7 @@ def evaluate(
         sums = step.evaluate(eval_step, {"eval": weights}, sharding.DeviceBatches(batches, mesh))["eval"]
         corrupt = int(distributed.gather(batches.num_corrupt).sum())
     if not sums["count"]:
-        raise data.DataError(f"no image of split {split!r} could be read, {corrupt} are corrupt; see the warnings above")
+        raise errors.DataError(f"no image of split {split!r} could be read, {corrupt} are corrupt; see the warnings above")
     path = workdir / f"eval_{re.sub('[^a-zA-Z0-9_-]+', '_', split)}_{at_step}{'_ema' if ema else ''}.json"
     result = {
         "split": split, "step": at_step, "ema": ema, "count": sums["count"], **step.means(sums), "top1_count": sums["top1"],
@@ -101,7 +102,7 @@ def evaluate(
         try:
             path.write_text(json.dumps(result, indent=2))
         except OSError as error:
-            raise config_lib.ConfigError(f"workdir {workdir} cannot be written ({error}); the result is {result}") from None
+            raise errors.ConfigError(f"workdir {workdir} cannot be written ({error}); the result is {result}") from None
     return result
 
 
@@ -111,12 +112,12 @@ def _step_number(checkpointer, at):
     if at == "best":
         best = checkpointer.best_step()
         if best is None:
-            raise checkpoint.CheckpointError(
+            raise errors.CheckpointError(
                 f"no checkpoint in {checkpointer.directory} was evaluated in training; use --step=latest"
             )
         return best
     if not at.isdigit():
-        raise config_lib.ConfigError(f"step={at!r} is no checkpoint; use a step number, 'latest' or 'best'")
+        raise errors.ConfigError(f"step={at!r} is no checkpoint; use a step number, 'latest' or 'best'")
     return int(at)
 
 

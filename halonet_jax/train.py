@@ -19,11 +19,11 @@ from absl import flags, logging
 from etils import epath
 from ml_collections import config_flags
 
-from halonet_jax import __version__, command_line, data, tasks
+from halonet_jax import __version__, command_line, data, errors, tasks
 from halonet_jax import config as config_lib
-from halonet_jax import workdir as workdir_lib
-from halonet_jax.analysis import plots
-from halonet_jax.training import checkpoint, distributed, profiling, programs, reporting, sharding, state, step, stopping
+from halonet_jax.runtime import distributed, plots, profiling, reporting, stopping
+from halonet_jax.runtime import workdir as workdir_lib
+from halonet_jax.training import checkpoint, programs, sharding, state, step
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; made where missing, resumed where not.")
@@ -73,9 +73,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
                 try:
                     train_state, results = run_steps(run, train_state, position)
                     break
-                except stopping.NonFiniteLoss as error:
+                except errors.NonFiniteLoss as error:
                     train_state, position = roll_back(run, position, error)
-        except stopping.Stopped:
+        except errors.Stopped:
             print(
                 f"{stop.signal}: there was no step since the last start, nothing to save; the same command resumes", flush=True
             )
@@ -213,11 +213,11 @@ def run_steps(run: Run, train_state, position) -> tuple[state.TrainState, dict |
                     batches.pop_seconds_waited()
                 if stop:
                     break
-        except data.DataError as error:
+        except errors.DataError as error:
             if jax.process_count() > 1 or at_step == start_step:
                 raise
             save()  # Alone, so that none waits in a step that will not come.
-            raise data.DataError(f"{error}. Step {at_step} is saved; the same command resumes") from None
+            raise errors.DataError(f"{error}. Step {at_step} is saved; the same command resumes") from None
     return train_state, results
 
 
@@ -236,7 +236,7 @@ def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
         sums = step.evaluate(run.programs.eval_step, train_state.weights(), batches)
         corrupt = int(distributed.gather(loader.num_corrupt).sum())
     if not sums["eval"]["count"]:
-        raise data.DataError(
+        raise errors.DataError(
             f"no image of {config.data.eval_split!r} could be read, {corrupt} are corrupt; see the warnings above"
         )
     results = {f"{name}/{key}": value for name, total in sums.items() for key, value in step.means(total).items()}
@@ -245,7 +245,7 @@ def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
     return results
 
 
-def roll_back(run: Run, position, error: stopping.NonFiniteLoss) -> tuple[state.TrainState, dict[str, Any]]:
+def roll_back(run: Run, position, error: errors.NonFiniteLoss) -> tuple[state.TrainState, dict[str, Any]]:
     """With on_non_finite="skip": the last checkpoint, from which the batches up to the bad step are left out.
 
     Raises:
@@ -311,7 +311,7 @@ def check_same_data(saved: dict, now: dict) -> None:
     """Refuses other classes, whose labels would lie; names other changes, after which batches are not what they would have been."""
     if saved["class_names"] != now["class_names"]:
         changed = sorted(set(saved["class_names"]) ^ set(now["class_names"])) or ["their order"]
-        raise checkpoint.CheckpointError(
+        raise errors.CheckpointError(
             f"the checkpoint was trained on {len(saved['class_names'])} classes, the data has {len(now['class_names'])}, and they "
             f"differ in {', '.join(changed[:5])}; give the data that it was trained on, or another --workdir"
         )

@@ -34,7 +34,7 @@ def test_benchmark(command, expected, absent, tmp_path):
         (tmp_path / f"{peer}.py").write_text(f"raise ModuleNotFoundError(\"No module named '{peer}'\")\n")
     script, *flags = command.split()
     out = subprocess.run(
-        [sys.executable, ROOT / "scripts" / script, *flags, f"--json={tmp_path / 'times.json'}"],
+        [sys.executable, ROOT / "scripts" / "bench" / script, *flags, f"--json={tmp_path / 'times.json'}"],
         env=ENVIRONMENT | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])},
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
@@ -49,6 +49,6 @@ def test_benchmark(command, expected, absent, tmp_path):
 
 
 def test_floors_need_no_timing():
-    command = [sys.executable, ROOT / "scripts" / "bench_attention.py", "--floors=v5e", "--layers=h7s1", "--batch=16"]
+    command = [sys.executable, ROOT / "scripts" / "bench" / "bench_attention.py", "--floors=v5e", "--layers=h7s1", "--batch=16"]
     out = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
     assert out.count("| h7s1 |") == 2

@@ -7,12 +7,7 @@ import entries
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax.analysis import chips
-
-sys.path.insert(0, str(entries.ROOT / "scripts"))
-
-import tpu_compile  # noqa: E402  (from scripts/)
-import tpu_table  # noqa: E402
+from halonet_jax.costs import chips, tpu_compile, tpu_table
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[compile_check]'"
@@ -20,7 +15,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def script(*arguments, code=0):
-    return entries.run([sys.executable, "scripts/compile_for_tpu.py", *arguments], code)
+    return entries.run([sys.executable, "scripts/tpu/compile_for_tpu.py", *arguments], code)
 
 
 @needs_libtpu

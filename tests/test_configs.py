@@ -9,7 +9,7 @@ import pytest
 
 from halonet_jax import config as config_lib
 from halonet_jax import data, models
-from halonet_jax.analysis import floors
+from halonet_jax.costs import floors
 from halonet_jax.tasks import classification
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))

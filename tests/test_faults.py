@@ -31,7 +31,7 @@ from entries import (
     wait_for,
 )  # fmt: skip
 
-from halonet_jax.training import distributed
+from halonet_jax.runtime import distributed
 
 STEPS = 20
 RUN = {
@@ -345,5 +345,5 @@ def test_chaos(tmp_path):
     config = [argument for argument in train_command(tmp_path, **RUN) if argument.startswith("--config.")]
     config += ["--config.max_steps=60", "--config.eval_every_epochs=0.4"]
     arguments = [f"--workdir={tmp_path}/chaos", "--kills=2", "--processes=2", "--program=tests/linear_train.py", *config]
-    done = run([sys.executable, "scripts/chaos.py", *arguments])
+    done = run([sys.executable, "scripts/faults/chaos.py", *arguments])
     assert "31 arrays of checkpoint 60 equal, bit for bit" in done.stdout and "2 kills" in done.stdout

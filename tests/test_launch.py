@@ -12,7 +12,7 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPTS = sorted(ROOT.glob("scripts/*.sh")) + sorted(ROOT.glob("scripts/*.sbatch")) + [ROOT / ".ci" / "run"]
+SCRIPTS = sorted(ROOT.glob("scripts/launch/*.sh")) + sorted(ROOT.glob("scripts/launch/*.sbatch")) + [ROOT / ".ci" / "run"]
 SLICE = ("--name=h4", "--zone=us-west4-a")
 TYPE = "--accelerator-type=v5litepod-16"
 TRAIN = ("--", "--config=configs/h4.py", "--workdir=gs://bucket/h4")
@@ -66,7 +66,7 @@ def bash(script, *arguments, fake=None, root=ROOT, code=0, **environment):
     if fake:
         variables |= {"FAKE": str(fake), "PATH": f"{fake / 'bin'}:{os.environ['PATH']}", "TMPDIR": str(fake)}
     done = subprocess.run(
-        ["bash", str(root / "scripts" / script), *arguments],
+        ["bash", str(root / "scripts" / "launch" / script), *arguments],
         env=variables | environment, cwd=root, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=60,
     )  # fmt: skip
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
@@ -359,7 +359,7 @@ def test_local_processes_end_with_the_first_that_fails(module):
 
 
 def test_local_processes_pass_sigterm_on(module):
-    command = ["bash", str(ROOT / "scripts/local_processes.sh"), "2", "1", "--", "peer", "wait"]
+    command = ["bash", str(ROOT / "scripts/launch/local_processes.sh"), "2", "1", "--", "peer", "wait"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         for _ in range(2):
             process.stdout.readline()  # both are up

@@ -3,7 +3,7 @@
 import cv2
 import numpy as np
 
-from halonet_jax.analysis import plots
+from halonet_jax.runtime import plots
 
 
 def test_halo_attention_diagram(tmp_path):

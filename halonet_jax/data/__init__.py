@@ -1,14 +1,9 @@
-"""Input: sources of labelled images, their transforms, batches as a function of the step, and mixing on the device."""
+"""Input: sources of labelled images, their transforms, and batches as a function of the step."""
 
 from halonet_jax.data import randaugment
-from halonet_jax.data.errors import CorruptImage, DataError
 from halonet_jax.data.example import Example, Source
 from halonet_jax.data.folder import FolderSource
-from halonet_jax.data.loader import Loader, eval_batches, train_batches
-from halonet_jax.data.mixing import cutmix, mix, mixup, normalize
-from halonet_jax.data.records import TfdsSource
-from halonet_jax.data.sources import DigitsSource, open_source
-from halonet_jax.data.transforms import (
+from halonet_jax.data.images import (
     center_crop,
     decode,
     eval_transform,
@@ -17,6 +12,10 @@ from halonet_jax.data.transforms import (
     resize,
     train_transform,
 )
+from halonet_jax.data.loader import Loader, eval_batches, train_batches
+from halonet_jax.data.sources import DigitsSource, open_source
+from halonet_jax.data.tfds import TfdsSource
+from halonet_jax.errors import CorruptImage, DataError
 
 __all__ = [
     "CorruptImage",
@@ -28,14 +27,10 @@ __all__ = [
     "Source",
     "TfdsSource",
     "center_crop",
-    "cutmix",
     "decode",
     "eval_batches",
     "eval_transform",
     "horizontal_flip",
-    "mix",
-    "mixup",
-    "normalize",
     "open_source",
     "random_resized_crop",
     "randaugment",

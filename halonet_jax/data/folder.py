@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 
-from halonet_jax.data.errors import DataError
 from halonet_jax.data.example import Example
+from halonet_jax.errors import DataError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 

@@ -12,9 +12,9 @@ import numpy as np
 from absl import flags, logging
 
 from halonet_jax.data import randaugment
-from halonet_jax.data.errors import DataError
 from halonet_jax.data.example import Source
 from halonet_jax.data.rows import EvalExamples, Examples, Row, TrainExamples
+from halonet_jax.errors import DataError
 
 ON_CORRUPT = ("skip", "stop")
 

@@ -35,7 +35,7 @@ from collections.abc import Callable, Sequence
 import cv2
 import numpy as np
 
-from halonet_jax.data.errors import DataError
+from halonet_jax.errors import DataError
 
 GRAY = (128, 128, 128)
 _LEVELS = np.arange(256)

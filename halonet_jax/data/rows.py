@@ -13,8 +13,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from halonet_jax.data import transforms
-from halonet_jax.data.errors import CorruptImage
+from halonet_jax.data import images
+from halonet_jax.errors import CorruptImage
 
 _REPLACEMENT_TRIES = 16
 _SHUFFLE_ROUNDS = 4  # of the permutation's Feistel network; Grain's own choice
@@ -69,7 +69,7 @@ class Examples:
         """Example `index`, decoded; where that fails, a blank row with `corrupt` or `fatal`."""
         try:
             image, label, name = self.source[index]
-            image = transforms.decode(image) if isinstance(image, bytes) else image
+            image = images.decode(image) if isinstance(image, bytes) else image
         except (CorruptImage, OSError) as e:
             name, reason = self.source.name(index), str(e)
             if self.config.on_corrupt == "skip":
@@ -108,7 +108,7 @@ class TrainExamples(Examples):
                 return row
             if row.mask:
                 rng = np.random.default_rng((self.seed, epoch, candidate % n))
-                image = transforms.train_transform(row.image, rng, self.config)
+                image = images.train_transform(row.image, rng, self.config)
                 return row._replace(image=image, corrupt=corrupt)
         name, reason = corrupt[0]
         return self.blank(
@@ -127,4 +127,4 @@ class EvalExamples(Examples):
         if position >= len(self.source):
             return self.blank()
         row = self.read(position)
-        return row._replace(image=transforms.eval_transform(row.image, self.config)) if row.mask else row
+        return row._replace(image=images.eval_transform(row.image, self.config)) if row.mask else row

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from halonet_jax.data.errors import DataError
 from halonet_jax.data.example import Example, Source
 from halonet_jax.data.folder import FolderSource
-from halonet_jax.data.records import TfdsSource
+from halonet_jax.data.tfds import TfdsSource
+from halonet_jax.errors import DataError
 
 SOURCES = ("tfds", "folder", "digits")
 

@@ -58,7 +58,7 @@ def halo_attention(
         logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
             tables divided by it.)
         implementation: "auto" (the fastest, by `selection`), "xla" (einsums), "pallas" (fused kernels for the device, for the
-            shapes to which `unsupported` of `pallas_tpu` or `pallas_gpu` has no objection; interpreted on a CPU, which is
+            shapes to which `unsupported` of `ops.tpu` or `ops.gpu` has no objection; interpreted on a CPU, which is
             slow), "reference" (slow, obvious, in float32), or a function like `reference.attend`. The device is the one that
             the program is traced for (see `per_device.device`), for export too. All differentiate in reverse; on a CPU and in
             fused kernels, which have derivatives of their own, not forward (`jax.jvp`): "reference" does.

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import jax
 from jax.sharding import AxisType
 
-from halonet_jax.ops import pallas_gpu, pallas_tpu, reference, xla, xla_cpu
+from halonet_jax.ops import einsum, einsum_cpu, gpu, reference, tpu
 from halonet_jax.ops.per_device import cut_axes, device
 
 NAMES = ("auto", "xla", "pallas", "reference")
-# The einsum by platform; elsewhere it is `xla`.
-EINSUM = {"cpu": xla_cpu}
+# The einsum by platform; elsewhere it is `einsum`.
+EINSUM = {"cpu": einsum_cpu}
 # The fused kernels by platform. Where there are none, TPU's are interpreted.
-FUSED = {"tpu": pallas_tpu, "gpu": pallas_gpu}
+FUSED = {"tpu": tpu, "gpu": gpu}
 # Where "auto" takes them, wherever `unsupported` has no objection; elsewhere it takes "xla". What decided (docs/performance.md):
 # tpu: traffic and memory by the TPU compiler. gpu: not yet, since the kernels have not been timed on one. cpu: they would be
 # interpreted.
@@ -49,13 +49,13 @@ def function(implementation: str, q, k, v, **options):
     """The `attend` that a name stands for."""
     if implementation == "auto":
         implementation = choose("auto", q, k, v, **options).implementation
-    einsum = EINSUM.get(device().platform, xla)
-    return {"xla": einsum, "pallas": fused(), "reference": reference}[implementation].attend
+    by_xla = EINSUM.get(device().platform, einsum)
+    return {"xla": by_xla, "pallas": fused(), "reference": reference}[implementation].attend
 
 
 def fused():
     """The module that "pallas" stands for, with `attend` and `unsupported`."""
-    return FUSED.get(device().platform, pallas_tpu)
+    return FUSED.get(device().platform, tpu)
 
 
 def _uncut(batch):

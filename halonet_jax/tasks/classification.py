@@ -7,7 +7,7 @@ import optax
 
 from halonet_jax import config as config_lib
 from halonet_jax import models
-from halonet_jax.data import mixing
+from halonet_jax.tasks import mixing
 from halonet_jax.training.task import Task
 
 

@@ -12,20 +12,12 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from halonet_jax.training import distributed
+from halonet_jax.errors import CheckpointError, NonFiniteLoss, SaveError
+from halonet_jax.runtime import distributed
 from halonet_jax.training.state import TrainState, fingerprint
-from halonet_jax.training.stopping import NonFiniteLoss, StorageError
 
 # In messages of TensorStore and the operating system: storage that cannot be reached, rather than a damaged checkpoint.
 _UNREACHABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-
-
-class CheckpointError(ValueError):
-    """No checkpoint to restore, or one of another model; the message states the remedy."""
-
-
-class SaveError(StorageError):
-    """A checkpoint could not be written; the message names the step and the last one that was."""
 
 
 class Checkpointer:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from halonet_jax import data
-from halonet_jax.data import records
-from halonet_jax.data.errors import CorruptImage
+from halonet_jax.data import tfds as records
+from halonet_jax.errors import CorruptImage
 
 HERE = pathlib.Path(__file__).parent
 

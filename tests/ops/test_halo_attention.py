@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from halonet_jax.ops import halo_attention, pallas_gpu, pallas_tpu, xla, xla_cpu
+from halonet_jax.ops import einsum, einsum_cpu, gpu, halo_attention, tpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is interpreted on this device")
 
@@ -78,8 +78,8 @@ PALLAS_GPU = (
     ((5, 9, 4, 1), 1, {"heads": 3, "channels": 24, "value_channels": 80}),
 )  # fmt: skip
 EINSUM = [(size, stride, VARIANTS[n % 3]) for n, (size, stride) in enumerate(itertools.product(SIZES, (1, 2)))]
-CASES = [(attend, *case) for attend in (xla.attend, xla_cpu.attend) for case in EINSUM]
-CASES += [(pallas_tpu.attend, *case) for case in PALLAS_TPU] + [(pallas_gpu.attend, *case) for case in PALLAS_GPU]
+CASES = [(attend, *case) for attend in (einsum.attend, einsum_cpu.attend) for case in EINSUM]
+CASES += [(tpu.attend, *case) for case in PALLAS_TPU] + [(gpu.attend, *case) for case in PALLAS_GPU]
 
 
 def name(value):
@@ -108,7 +108,7 @@ def test_implementations_agree_forward_and_backward(implementation, size, stride
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("implementation, examples", ((xla.attend, 3), (xla_cpu.attend, 3), (pallas_tpu.attend, 2)), ids=name)
+@pytest.mark.parametrize("implementation, examples", ((einsum.attend, 3), (einsum_cpu.attend, 3), (tpu.attend, 2)), ids=name)
 def test_error_against_float64_on_random_shapes(implementation, examples):
     """Of the output and of all gradients, relative to the largest entry of each. docs/performance.md has more shapes: 1.2e-6."""
 
@@ -117,7 +117,7 @@ def test_error_against_float64_on_random_shapes(implementation, examples):
     def check(data):
         draw = lambda low, high: data.draw(st.integers(low, high))
         height, width, b, stride = draw(1, 13), draw(1, 13), draw(1, 8), draw(1, 2)
-        h = draw(0, 4 if implementation is not pallas_tpu.attend else min(4, b))
+        h = draw(0, 4 if implementation is not tpu.attend else min(4, b))
         options = {
             "padding": data.draw(st.sampled_from(("mask", "zero"))),
             "window": data.draw(st.sampled_from(("neighborhood", "centered"))),
@@ -173,7 +173,7 @@ def test_stride_keeps_every_second_query_of_the_same_neighborhoods():
     np.testing.assert_allclose(f(q[:, ::2, ::2], k, v, *tables, stride=2), f(q, k, v, *tables)[:, ::2, ::2], atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", (xla.attend, xla_cpu.attend, pallas_tpu.attend, pallas_gpu.attend), ids=name)
+@pytest.mark.parametrize("implementation", (einsum.attend, einsum_cpu.attend, tpu.attend, gpu.attend), ids=name)
 def test_bfloat16_inputs_have_float32_softmax(implementation):
     """Error stays at the rounding of weights and output, with logits near 60 where bfloat16 has steps of 0.25."""
     q, k, v, rel_rows, rel_cols = make_inputs(0, 16, 16, 8, 3, channels=32, value_channels=16)
@@ -188,7 +188,7 @@ def test_bfloat16_inputs_have_float32_softmax(implementation):
 def test_logits_of_a_whole_map_never_stand():
     """Temporary memory of the compiled gradient stays below the logits of the whole map, and so below the unmapped form's."""
     inputs = make_inputs(0, 128, 16, 8, 3, heads=4, channels=16, value_channels=16)
-    attend = functools.partial(halo_attention, block_size=8, halo_size=3, implementation=xla.attend)
+    attend = functools.partial(halo_attention, block_size=8, halo_size=3, implementation=einsum.attend)
     gradient = jax.jit(jax.grad(lambda *x: attend(*x).sum(), argnums=(0, 1, 2, 3, 4)))
     logits_bytes = 128 * 16 * 4 * 14**2 * 4
     assert gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes < logits_bytes
@@ -214,10 +214,10 @@ def test_bad_arguments_name_value_and_rule(change, message):
 
 
 def test_dtypes():
-    """float64 has all gradients in float64 (of xla_cpu's own backward pass, too); float16 could not hold what masks."""
+    """float64 has all gradients in float64 (of `einsum_cpu`'s own backward pass, too); float16 could not hold what masks."""
     with jax.enable_x64(True):
         inputs = [jnp.asarray(np.asarray(x), jnp.float64) for x in make_inputs(0, 5, 6, 4, 1)]
-        attend = functools.partial(halo_attention, block_size=4, halo_size=1, implementation=xla_cpu.attend)
+        attend = functools.partial(halo_attention, block_size=4, halo_size=1, implementation=einsum_cpu.attend)
         gradients = jax.grad(lambda *x: attend(*x).sum(), argnums=range(5))(*inputs)
         assert {x.dtype for x in gradients} == {np.dtype("float64")}
     with pytest.raises(ValueError, match="q is float16; it must be float32 or bfloat16"):

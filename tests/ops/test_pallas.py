@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from test_halo_attention import make_inputs, name
 
-from halonet_jax.analysis import hlo
-from halonet_jax.ops import halo_attention, pallas_gpu, pallas_tpu, xla_cpu
+from halonet_jax.costs import hlo
+from halonet_jax.ops import einsum_cpu, gpu, halo_attention, tpu
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is interpreted on this device")
-own_gradients = pytest.mark.parametrize("attend", (xla_cpu.attend, pallas_tpu.attend, pallas_gpu.attend), ids=name)
+own_gradients = pytest.mark.parametrize("attend", (einsum_cpu.attend, tpu.attend, gpu.attend), ids=name)
 
 
 @functools.cache
@@ -38,11 +38,11 @@ def gradients(implementation, inputs, cotangent, **options):
 @pytest.mark.parametrize(
     "module, change, reason",
     (
-        (pallas_tpu, {"h": 5}, "halo_size=5 is more than block_size=4"),
-        (pallas_tpu, {"channels": 96}, "96 channels per head neither divide 128 nor fit in there with all 3 heads"),
-        (pallas_tpu, {"height": 2000, "heads": 2, "channels": 64, "value_channels": 512}, "MiB of on-chip memory"),
-        (pallas_gpu, {"b": 60, "h": 40, "height": 100, "width": 100}, "windows of 140 x 140 keys have more than 256"),
-        (pallas_gpu, {"channels": 320}, "q has 320 channels per head, more than 256"),
+        (tpu, {"h": 5}, "halo_size=5 is more than block_size=4"),
+        (tpu, {"channels": 96}, "96 channels per head neither divide 128 nor fit in there with all 3 heads"),
+        (tpu, {"height": 2000, "heads": 2, "channels": 64, "value_channels": 512}, "MiB of on-chip memory"),
+        (gpu, {"b": 60, "h": 40, "height": 100, "width": 100}, "windows of 140 x 140 keys have more than 256"),
+        (gpu, {"channels": 320}, "q has 320 channels per head, more than 256"),
     ),
 )  # fmt: skip
 def test_unsupported_gives_a_reason(module, change, reason):
@@ -78,9 +78,9 @@ def test_every_byte_moves_once(monkeypatch, halo):
 
         return run
 
-    monkeypatch.setattr(pallas_tpu.pl, "pallas_call", pallas_call)
+    monkeypatch.setattr(tpu.pl, "pallas_call", pallas_call)
     inputs = make_inputs(0, 5, 9, 4, halo, batch=2, heads=4, channels=64, value_channels=64)
-    gradients(pallas_tpu.attend, inputs, jnp.ones((2, 5, 9, 4, 64)), block_size=4, halo_size=halo)
+    gradients(tpu.attend, inputs, jnp.ones((2, 5, 9, 4, 64)), block_size=4, halo_size=halo)
     # Each is traced twice, compiled and interpreted.
     assert [grid for grid, _ in calls] == 2 * [(2, 2, 3 + (halo > 0))] + 2 * [(2, 2, 3 + 2 * (halo > 0))]
     for grid, arrays in calls:
@@ -146,7 +146,7 @@ assert "halo_attention_backward" in text and "tpu_custom_call" in text and "all-
 )  # fmt: skip
 def test_lowers_for_cuda(layer, dtype, options):
     """Triton's types, shapes and powers of two; no GPU is needed, and none is used. The script does all layers."""
-    check = script("check_gpu_kernels")
+    check = script("gpu/check_gpu_kernels")
     kernels = check.lower(**check.layers([layer[:2]])[layer], dtype=dtype, **options)
     assert [name for name, *_ in kernels] == [f"halo_attention_{name}_kernel" for name in ("forward", "dq", "dkv")]
 
@@ -156,7 +156,7 @@ def test_lowers_for_cuda(layer, dtype, options):
 )
 def test_rival_agrees(stride, options):
     inputs = make_inputs(0, 7, 10, 4, 1, stride)
-    attend = functools.partial(script("rival_cudnn").attend, implementation="xla")
+    attend = functools.partial(script("bench/rival_cudnn").attend, implementation="xla")
     run = functools.partial(halo_attention, *inputs, block_size=4, halo_size=1, stride=stride, **options)
     ours, theirs = run(), run(implementation=attend)
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)

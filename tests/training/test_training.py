@@ -9,9 +9,11 @@ import optax
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax.analysis import hlo
+from halonet_jax import errors
+from halonet_jax.costs import hlo
+from halonet_jax.runtime import reporting
 from halonet_jax.tasks import classification
-from halonet_jax.training import optimizer, programs, reporting, sharding, state, step, stopping
+from halonet_jax.training import optimizer, programs, sharding, state, step
 from halonet_jax.training.task import Task
 
 
@@ -163,5 +165,5 @@ def test_step_metrics_name_the_first_bad_step():
     metrics = reporting.StepMetrics([{"loss": 1.0, "grad_norm": 1.0}])
     for at_step, loss in ((7, 3.0), (8, np.inf), (9, np.nan)):
         metrics.append(at_step, {"loss": jnp.asarray(loss), "grad_norm": jnp.asarray(1.0)})
-    with pytest.raises(stopping.NonFiniteLoss, match="step 8: loss is inf"):
+    with pytest.raises(errors.NonFiniteLoss, match="step 8: loss is inf"):
         metrics.pop_means()

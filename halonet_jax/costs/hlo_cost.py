@@ -1,0 +1,188 @@
+"""What one run of a compiled program costs, loops multiplied: matrix FLOPs, bytes to and from main memory, estimated cycles."""
+
+import math
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from halonet_jax.costs import hlo
+
+# Names for values that are there already, or control flow, whose bodies are counted by themselves.
+_FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
+    "opt-barrier", "partition-id", "replica-id",
+}  # fmt: skip
+_SLICES = ("slice", "dynamic-slice", "gather", "slice-start")
+_CALLS = re.compile(r"\bcalls=%?([\w.-]+)")
+_KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+
+
+class Cost(NamedTuple):
+    """Of one run, on one device.
+
+    Attributes:
+        flops: two for each multiply-add of matrix products and convolutions, those that fall on padding left out, and
+            `kernel_flops`. What the vector unit does (softmax, norms, optimizer) is not counted.
+        bytes: read from and written to main memory, padding of tiled layouts included. An array in on-chip memory costs
+            nothing, a slice costs its own size, and so does an update in place.
+        cycles: the TPU backend's estimates, summed; 0 where there are none (CPU). It has none for copies between main and
+            on-chip memory, which run beside the rest, for collectives, gathers and scatters, for max pooling's gradient, and
+            for Pallas kernels.
+        kernel_flops: of Pallas kernels, as they state them: what the matrix unit does, products of masked lanes included.
+    """
+
+    flops: int
+    bytes: int
+    cycles: int
+    kernel_flops: int
+
+
+def cost(module: hlo.Module) -> Cost:
+    """Sums over the program."""
+    flops = size = cycles = kernel_flops = 0
+    fused = _fused(module)
+    for name, times in hlo.executions(module).items():
+        computation = module.computations[name]
+        for instruction in computation.values():
+            flops += times * _flops(instruction, computation)
+            kernel = _KERNEL_FLOPS.search(instruction.attributes) if instruction.opcode == "custom-call" else None
+            kernel_flops += times * int(kernel.group(1)) if kernel else 0
+            if name not in fused:
+                size += times * _bytes(module, instruction, computation)
+                estimate = _CYCLES.search(instruction.attributes)
+                cycles += times * int(estimate.group(1)) if estimate else 0
+    return Cost(flops + kernel_flops, size, cycles, kernel_flops)
+
+
+def _fused(module):
+    """Computations that run inside one instruction, where no array stands in main memory."""
+    return {
+        called
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode in ("fusion", "custom-call", "async-start")
+        for called in _CALLS.findall(instruction.attributes)
+    }
+
+
+def _body(module, instruction):
+    return module.computations[_CALLS.search(instruction.attributes).group(1)]
+
+
+def _root(computation):
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _flops(instruction, computation):
+    if instruction.opcode == "dot":
+        left = hlo.arrays(computation[instruction.operands[0]].shape)[0].dims
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes).group(1)
+        depth = math.prod(left[int(axis)] for axis in contracted.split(",") if axis)
+        return 2 * depth * math.prod(hlo.arrays(instruction.shape)[0].dims)
+    return _convolution_flops(instruction, computation) if instruction.opcode == "convolution" else 0
+
+
+def _convolution_flops(instruction, computation):
+    """TPU writes matrix products as convolutions too, batch axes as dilated spatial ones, most of whose positions are empty."""
+    left, right = (hlo.arrays(computation[name].shape)[0].dims for name in instruction.operands)
+    out = hlo.arrays(instruction.shape)[0].dims
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
+    left, right, out = (dict(zip(names, dims)) for names, dims in zip(labels, (left, right, out)))
+    groups = re.search(r"batch_group_count=(\d+)", instruction.attributes)
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
+    window = dict(item.split("=") for item in window.group(1).split()) if window else {}
+    positions = 1
+    for i, axis in enumerate(sorted(axis for axis in out if axis.isdigit())):
+        pick = lambda key, default, i=i: window[key].split("x")[i] if key in window else default
+        low = int(pick("pad", "0_0").split("_")[0])
+        stride, spread, gap = (int(pick(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
+        at = np.arange(out[axis])[:, None] * stride + np.arange(right[axis]) * gap - low
+        positions *= int(((at % spread == 0) & (at >= 0) & (at // spread < left[axis])).sum())
+    # The kernel's input features are those of one feature group already.
+    return 2 * positions * left["b"] // int(groups.group(1) if groups else 1) * out["f"] * right["i"]
+
+
+def _bytes(module, instruction, computation):
+    if instruction.opcode in _FREE or instruction.opcode.endswith("-done") or "AllocateBuffer" in instruction.attributes:
+        return 0
+    if instruction.opcode == "custom-call" and re.search(r'target="\w*(Bitcast|Assume)', instruction.attributes):
+        return 0
+    if instruction.opcode.endswith("-start"):
+        return _started_bytes(module, instruction, computation)
+    reads = sum(
+        _read(module, instruction, index, hlo.arrays(computation[name].shape))
+        for index, name in enumerate(instruction.operands)
+    )
+    return reads + _written(module, instruction, computation)
+
+
+def _started_bytes(module, instruction, computation):
+    """An asynchronous copy, slice or collective: its tuple holds the result beside operands and handles."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind == "async":  # what it does stands in a computation of its own
+        kind = _root(_body(module, instruction)).opcode
+    results = hlo.arrays(instruction.shape)
+    operands = [array for name in instruction.operands for array in hlo.arrays(computation[name].shape)]
+    if kind == "copy":  # (target, source, handle)
+        return _in_main_memory(results[:1] + operands)
+    if kind == "slice":  # ((source), target, handle)
+        target = results[len(operands)]
+        return _in_main_memory([target]) + (target.padded_bytes if operands[0].memory == 0 else 0)
+    return _in_main_memory(operands) + _in_main_memory(results[len(operands) : 2 * len(operands)])
+
+
+def _in_main_memory(arrays):
+    return sum(array.padded_bytes for array in arrays if array.memory == 0)
+
+
+def _read(module, instruction, index, arrays):
+    """Bytes that an instruction reads of its operand `index`."""
+    if not _in_main_memory(arrays):
+        return 0
+    if instruction.opcode in _SLICES and index == 0:
+        return sum(array.padded_bytes for array in hlo.arrays(instruction.shape))
+    if instruction.opcode == "dynamic-update-slice" and index == 0:
+        return 0
+    if instruction.opcode != "fusion":
+        return _in_main_memory(arrays)
+    body = _body(module, instruction)
+    parameter = next(i.name for i in body.values() if i.opcode == "parameter" and int(i.literal) == index)
+    return min(_in_main_memory(arrays), _read_in_fusion(module, body, parameter, arrays))
+
+
+def _read_in_fusion(module, body, name, arrays):
+    total = 0
+    for user in body.values():
+        for index, operand in enumerate(user.operands):
+            if operand == name:
+                if user.opcode == "bitcast":
+                    total += _read_in_fusion(module, body, user.name, arrays)
+                else:
+                    total += _read(module, user, index, arrays)
+    return total
+
+
+def _written(module, instruction, computation):
+    results = hlo.arrays(instruction.shape)
+    if not _in_main_memory(results):
+        return 0
+    values = [instruction]
+    if instruction.opcode == "fusion":
+        computation = _body(module, instruction)
+        root = _root(computation)
+        values = [computation[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    if len(values) != len(results):
+        return _in_main_memory(results)
+    total = 0
+    for value, result in zip(values, results):
+        while value.opcode == "bitcast":
+            value = computation[value.operands[0]]
+        if value.opcode == "dynamic-update-slice":
+            total += hlo.arrays(computation[value.operands[1]].shape)[0].padded_bytes if result.memory == 0 else 0
+        elif value.opcode == "fusion":
+            total += min(_in_main_memory([result]), _written(module, value, computation) or _in_main_memory([result]))
+        else:
+            total += _in_main_memory([result])
+    return total

@@ -1,0 +1,174 @@
+"""Compiles a recipe's steps for TPU slices that are not at hand, and looks for settings that make them fit.
+
+Each compile runs in a process of its own (`compile_worker.py`): libtpu serves one at a time, and a quick one has to be ended.
+"""
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_collections
+
+from halonet_jax import config as config_lib
+from halonet_jax import errors
+from halonet_jax.costs import chips, hlo, hlo_cost
+
+WORKER = Path(__file__).with_name("compile_worker.py")
+EXIT_BAD_TOPOLOGY = 2  # as the worker has it
+NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}  # of sources that state it; others count as ImageNet
+
+
+class CompileFailed(RuntimeError):
+    """The compiler failed for a reason other than memory."""
+
+
+class Settings(NamedTuple):
+    """What may be changed to make a run fit."""
+
+    batch_size: int  # global
+    accumulation_steps: int
+    remat: bool
+    fsdp: int
+    scan: bool
+
+    @classmethod
+    def of(cls, config: ml_collections.ConfigDict) -> "Settings":
+        c = config
+        return cls(c.batch_size, c.optimizer.accumulation_steps, c.model.remat, c.mesh.fsdp, c.model.scan)
+
+    def apply(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+        """A copy of the config with these settings."""
+        config = ml_collections.ConfigDict(config.to_dict())
+        config.batch_size, config.optimizer.accumulation_steps = self.batch_size, self.accumulation_steps
+        config.model.remat, config.mesh.fsdp, config.model.scan = self.remat, self.fsdp, self.scan
+        return config
+
+    def flags(self, than: "Settings") -> str:
+        """The flags that turn `than` into these settings."""
+        keys = ("batch_size", "optimizer.accumulation_steps", "model.remat", "mesh.fsdp", "model.scan")
+        changed = [f"--config.{key}={new}" for key, new, old in zip(keys, self, than) if new != old]
+        return " ".join(changed)
+
+
+def check(config: ml_collections.ConfigDict, topology: str) -> chips.Topology:
+    """All that can be known to be wrong before compiling.
+
+    Raises:
+        ConfigError: naming the value, the rule and the remedy.
+    """
+    try:
+        parsed = chips.topology(topology)
+    except ValueError as error:
+        raise errors.ConfigError(f"--topology: {error}") from None
+    if importlib.util.find_spec("libtpu") is None:
+        raise errors.ConfigError("libtpu, TPU's compiler, is not installed; pip install 'halonet_jax[compile_check]'")
+    config_lib.validate(config, parsed.num_devices)
+    return parsed
+
+
+def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "train", quick: bool = True) -> dict:
+    """Compiles one step; returns a record of plain values, of one device.
+
+    Keys: `fits`, `seconds` (of the compile), `num_devices`, `description`, `param_bytes`, `optimizer_bytes` (with batch
+    statistics), `ema_bytes`, `versions`; where it fits, or the compiler does not mind, also `peak_bytes`, `temp_bytes`, `flops`,
+    `bytes`, `cycles` (0 where `quick`), `kernel_flops`, `collectives` and `unknown_loops`; where it does not, `needed_bytes`, of
+    temporaries alone.
+
+    Raises:
+        ConfigError: for a topology that libtpu does not know.
+        CompileFailed: with the compiler's last words.
+    """
+    chip = chips.topology(topology).chip
+    spec = {
+        "config": config.to_dict(), "topology": topology, "topology_options": chip.options, "step": step, "quick": quick,
+        "num_classes": NUM_CLASSES.get(config.data.name if config.data.source == "tfds" else config.data.source, 1000),
+    }  # fmt: skip
+    begin = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="compile_for_tpu_") as folder:
+        out = Path(folder)
+        (out / "spec.json").write_text(json.dumps(spec))
+        arguments = [sys.executable, str(WORKER), str(out / "spec.json"), folder]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        record = {"seconds": round(time.monotonic() - begin), "fits": False}
+        if (out / "about.json").exists():
+            record |= json.loads((out / "about.json").read_text())
+        if done.returncode == 0:
+            return record | _figures(chip, json.loads((out / "result.json").read_text()), (out / "program.txt").read_text())
+    needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMGT])\) exceeds available HBM", done.stderr, re.S)
+    if needed:
+        return record | {"needed_bytes": float(needed.group(1)) * 1024 ** " KMGT".index(needed.group(2))}
+    last = ([line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"])[-1]
+    if done.returncode == EXIT_BAD_TOPOLOGY:
+        message = f"--topology: libtpu does not know {topology!r} ({last}); use a shape that Cloud offers, such as v5e:4x4"
+        raise errors.ConfigError(message)
+    raise CompileFailed(last)
+
+
+def _figures(chip, result, text):
+    module = hlo.parse(text)
+    cost = hlo_cost.cost(module)
+    return result | cost._asdict() | {
+        "fits": result["peak_bytes"] <= chip.memory,
+        "collectives": [tuple(collective) for collective in hlo.collectives(text)],
+        "unknown_loops": hlo.unknown_loops(module),
+    }  # fmt: skip
+
+
+def make_fit(
+    config: ml_collections.ConfigDict,
+    topology: str,
+    record: dict,
+    tell: Callable[[str], None],
+    compile_step: Callable[..., dict] = compile_step,
+) -> list[tuple[Settings, dict]]:
+    """What fits in place of settings that do not, as compiled, with the least time first (`chips.roofline_seconds`).
+
+    Without `model.remat` and with it, the largest micro-batch that fits is found by halving, starting from what the failed
+    compile says that it needs: micro-batches keep the recipe's global batch. Sharing the state out over `fsdp` is tried only
+    where the state is a good part of the memory.
+    """
+    here, parsed = Settings.of(config), chips.topology(topology)
+    found = []
+
+    def attempt(settings):
+        tell(f"trying {settings.flags(here)} …")
+        new = compile_step(settings.apply(config), topology)
+        needs = new.get("peak_bytes") or new["needed_bytes"]
+        tell(f"{'fits' if new['fits'] else 'does not fit'}: {needs / chips.GIB:.1f} GiB ({new['seconds']} s)")
+        if new["fits"]:
+            found.append((settings, new))
+        return new
+
+    state = sum(record.get(key, 0) for key in ("param_bytes", "optimizer_bytes", "ema_bytes"))
+    if state > parsed.chip.memory / 4 and here.fsdp == 1:
+        attempt(here._replace(fsdp=parsed.num_devices))
+    for remat in sorted({here.remat, True}):
+        last = record if remat == here.remat else attempt(here._replace(remat=remat))
+        steps = here.accumulation_steps
+        while not last["fits"]:
+            needs = last.get("peak_bytes") or last["needed_bytes"]
+            # Activations shrink with the micro-batch, the state does not; at least halve.
+            excess = (needs - state) / max(parsed.chip.memory - state, 1)
+            factor = 2
+            while factor < excess:
+                factor *= 2
+            steps *= factor
+            if not _divides(config, steps, parsed.num_devices):
+                break
+            last = attempt(here._replace(accumulation_steps=steps, remat=remat))
+    return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
+
+
+def _divides(config, steps, num_devices):
+    try:
+        config_lib.validate(Settings.of(config)._replace(accumulation_steps=steps).apply(config), num_devices)
+    except errors.ConfigError:
+        return False
+    return True

@@ -1,0 +1,135 @@
+"""Labelled images as TFDS array_record files. TFDS is imported when such a source is opened, TensorFlow not at all."""
+
+import contextlib
+import os
+import re
+import sys
+import time
+
+from halonet_jax.data.example import Example
+from halonet_jax.errors import CorruptImage, DataError
+
+_REMOTE_PAUSES = (0.5, 2, 8)  # seconds between tries at a bucket that does not answer
+
+
+class TfdsSource:
+    """A prepared TFDS image-classification set in array_record files; images come as their encoded bytes.
+
+    Args:
+        name: TFDS name, with version or config where wanted: "imagenet2012", "imagenet2012:5.1.0".
+        data_dir: TFDS data_dir; "": TFDS's own default.
+        split: a TFDS split or slice of one.
+    """
+
+    def __init__(self, name: str, data_dir: str, split: str):
+        self._arguments = (name, data_dir, split)
+        builder = _tfds_builder(name, data_dir)
+        features = builder.info.features
+        if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
+            raise DataError(
+                f"TFDS data set {name!r} has the features {', '.join(features)}; an 'image' and a class 'label' are"
+                f" needed: choose an image-classification set with --config.data.name"
+            )
+        self._records = _tfds_records(builder, split)
+        self.class_names = tuple(features["label"].names)
+        self.num_classes = features["label"].num_classes
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Example:
+        record = self._read(index)
+        if record["image"] is None or record["label"] is None:  # what a truncated file gives
+            raise CorruptImage("empty record")
+        return Example(record["image"], int(record["label"]), self.name(index))
+
+    def _read(self, index):
+        is_remote = "://" in (self._arguments[1] or "")
+        for pause in (*_REMOTE_PAUSES, None) if is_remote else (None,):
+            try:
+                return self._records[index]
+            except RuntimeError as e:  # a file that is gone, whose checksums don't hold, or a bucket that did not answer
+                if pause is None:
+                    raise CorruptImage(f"unreadable record: {e}") from None
+                time.sleep(pause)
+
+    def name(self, index: int) -> str:
+        name, _, split = self._arguments
+        return f"{name}/{split}[{index}]"
+
+    def __reduce__(self):
+        # Open files do not travel to a worker process: it opens its own.
+        return TfdsSource, self._arguments
+
+
+def _tfds_builder(name: str, data_dir: str):
+    """The builder of a set that is prepared on disk, or a DataError that says how to prepare it."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as e:
+        raise DataError("data.source 'tfds' needs TFDS: pip install tensorflow-datasets") from e
+    try:
+        builder = tfds.builder(name, data_dir=data_dir or None)
+    except tfds.core.registered.DatasetNotFoundError:
+        # Its own message lists a thousand names.
+        raise DataError(
+            f"data.name {name!r} is neither a TFDS data set nor prepared in data.dir {data_dir or '(default)'!r};"
+            " names are listed at https://www.tensorflow.org/datasets/catalog/overview"
+        ) from None
+    except (AssertionError, ValueError) as e:
+        raise DataError(f"TFDS cannot open data.name {name!r}: {str(e).splitlines()[0]}; correct the name") from None
+    if "tensorflow" in sys.modules:
+        _keep_tensorflow_off_accelerators()
+    if not builder.data_path.exists() or not builder.info.splits:
+        root = os.fspath(builder.data_path).removesuffix(builder.info.full_name).rstrip("/")
+        arguments = f"'{name}', data_dir='{root}', file_format='array_record'"
+        if "://" in root:
+            raise DataError(
+                f"TFDS data set {name!r} is not prepared in {root}; prepare it in a local folder, as array_record, and copy"
+                f" that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
+            )
+        raise DataError(
+            f"TFDS data set {name!r} is not prepared in {root}; prepare it once with\n"
+            f'  python -c "import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"\n'
+            f"(or tfds build {name} --file_format=array_record --data_dir={root}, where apache-beam is installed)"
+            + _manual_archives(name, root)
+        )
+    return builder
+
+
+def _manual_archives(name: str, root: str) -> str:
+    if not name.startswith("imagenet2012"):
+        return ""
+    return (
+        f"\nafter putting ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, from https://image-net.org, into"
+        f" {os.path.join(root, 'downloads', 'manual')}"
+    )
+
+
+def _tfds_records(builder, split: str):
+    import tensorflow_datasets as tfds
+
+    base = re.split(r"[\[+]", split)[0]
+    if base not in builder.info.splits and base != "all":
+        raise DataError(
+            f"TFDS data set {builder.info.full_name} has no split {split!r}; its splits are"
+            f" {', '.join(builder.info.splits)}: set --config.data.train_split or --config.data.eval_split"
+        )
+    try:
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    except NotImplementedError:
+        raise DataError(
+            f"{builder.data_path} holds {builder.info.file_format.value} files, which have no random access;"
+            " add array_record files beside them with\n  pip install apache-beam\n"
+            f"  tfds convert_format --dataset_version_dir={builder.data_path} --out_file_format=array_record"
+        ) from None
+    except (ValueError, AssertionError) as e:
+        raise DataError(f"data split {split!r} is no TFDS split ({e}); write it like 'train[:90%]'") from None
+
+
+def _keep_tensorflow_off_accelerators():
+    """TFDS may import TensorFlow, which would take all memory of a GPU that JAX needs."""
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # TensorFlow has started: whoever started it has chosen its devices
+        tf.config.set_visible_devices([], "GPU")

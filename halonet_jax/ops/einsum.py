@@ -1,0 +1,130 @@
+"""Halo attention by einsums that XLA compiles, mapped over rows of blocks so that a whole map's logits never stand in memory.
+
+All logits of a block come from one matrix product. Queries are extended by their logits for each row and each column of
+the neighbourhood, keys by one-hot codes of their row and column, so that
+
+    [q, row_logits, col_logits] · [k, onehot(row), onehot(col)] = q · k + row_logits[row] + col_logits[col].
+
+Masks are separable per axis and ride along in the row and column logits, at no cost in the product.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Finite, so that masking by a row and a column at once, times the scale, stays finite: queries that pad the map see no key.
+MASKED = np.float32(-1e30)
+
+
+class Axis(NamedTuple):
+    """Geometry of one map axis. Blocks that exceed the map shrink to it, since masked keys change nothing."""
+
+    blocks: int  # number of blocks
+    block: int  # pixels per block
+    halo: int
+    queries: int  # per block
+    table_index: np.ndarray  # [queries, keys] rows of the relative table
+    bias: np.ndarray  # [blocks, queries, keys] float32, 0 where seen, MASKED where not
+
+    @property
+    def keys(self):
+        return self.block + 2 * self.halo
+
+    def pad(self, size):
+        return self.halo, self.blocks * self.block - size + self.halo
+
+
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+    """See `halo_attention` for the contract."""
+    batch, height, width, heads, channels = k.shape
+    rows = make_axis(height, block_size, halo_size, stride, centered, masked)
+    cols = make_axis(width, block_size, halo_size, stride, centered, masked)
+    pad = ((0, 0), rows.pad(height), cols.pad(width), (0, 0), (0, 0))
+    k, v = jnp.pad(k, pad), jnp.pad(v, pad)
+
+    q_height, q_width = q.shape[1:3]
+    pad = ((0, 0), (0, rows.blocks * rows.queries - q_height), (0, cols.blocks * cols.queries - q_width), (0, 0), (0, 0))
+    q = jnp.pad(q, pad).reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
+    q = q.transpose(1, 0, 3, 5, 2, 4, 6)  # [I, B, J, N, Y, X, D]
+
+    tables = rel_rows.astype(q.dtype)[rows.table_index], rel_cols.astype(q.dtype)[cols.table_index]  # [Y, R, D], [X, S, D]
+    col_bias = jnp.asarray(cols.bias[:, None, None])  # [J, N=1, Y=1, X, S]
+
+    def attend_row(args):
+        i, q, row_bias = args  # [], [B, J, N, Y, X, D], [Y, R]
+        # Slicing here, rather than handing in stacked bands, spares their copy; the backward pass is 1.3-1.5x faster on CPU.
+        bands = (jax.lax.dynamic_slice_in_dim(x, i * rows.block, rows.keys, axis=1) for x in (k, v))
+        windows = (_windows(x, cols) for x in bands)  # [B, J, N, R, S, D]
+        return _attend_blocks(q, *windows, *tables, row_bias[:, None], col_bias, logits_scale)
+
+    row_args = (jnp.arange(rows.blocks), q, jnp.asarray(rows.bias))
+    if rows.blocks == 1:
+        out = attend_row(jax.tree.map(lambda x: x[0], row_args))[None]
+    else:  # Logits are recomputed in the backward pass, so that those of one row at a time are all that ever stands.
+        out = jax.lax.map(jax.checkpoint(attend_row, prevent_cse=False), row_args)
+    out = out.transpose(1, 0, 4, 2, 5, 3, 6)  # [I, B, J, N, Y, X, E] -> [B, I, Y, J, X, N, E]
+    out = out.reshape(batch, rows.blocks * rows.queries, cols.blocks * cols.queries, heads, v.shape[-1])
+    return out[:, :q_height, :q_width]
+
+
+def _attend_blocks(q, k, v, rel_rows, rel_cols, row_bias, col_bias, logits_scale):
+    """Softmax attention of each block to its window.
+
+    q `[B, J, N, Y, X, D]`, k and v `[B, J, N, R, S, D or E]`, tables `[Y, R, D]` and `[X, S, D]`, biases broadcastable to
+    `[J, N, Y, X, R]` and `[J, N, Y, X, S]`. Returns `[B, J, N, Y, X, E]`.
+    """
+    half = rel_rows.shape[-1]
+    row_logits = jnp.einsum("bjnyxd,yrd->bjnyxr", q[..., :half], rel_rows, preferred_element_type=jnp.float32)
+    col_logits = jnp.einsum("bjnyxd,xsd->bjnyxs", q[..., -half:], rel_cols, preferred_element_type=jnp.float32)
+    position = jnp.concatenate([row_logits + row_bias, col_logits + col_bias], axis=-1)
+    codes = _position_codes(*k.shape[3:5])
+    extension = [position.astype(q.dtype)]
+    if q.dtype != jnp.float32:  # The rounding errors ride along too, so that position logits are exact to twice the bits.
+        extension.append((position - extension[0].astype(jnp.float32)).astype(q.dtype))
+        codes = np.concatenate([codes, codes], axis=-1)
+    q, codes = jnp.concatenate([q, *extension], axis=-1), jnp.asarray(codes, k.dtype)
+    k = jnp.concatenate([k, jnp.broadcast_to(codes, k.shape[:-1] + codes.shape[-1:])], axis=-1)
+
+    queries_shape = q.shape[3:5]
+    q, k, v = (x.reshape(*x.shape[:3], -1, x.shape[-1]) for x in (q, k, v))  # one axis of pixels each, Y * X and R * S
+    logits = jnp.einsum("bjnqd,bjnkd->bjnqk", q, k, preferred_element_type=jnp.float32)
+    # The difference first: a scaled maximum would round, which matters where all keys are masked.
+    weights = jnp.exp(logits_scale * (logits - jax.lax.stop_gradient(logits.max(-1, keepdims=True))))
+    total = weights.sum(-1, keepdims=True)
+    # Dividing the output rather than the weights spares a pass over the largest array.
+    out = jnp.einsum("bjnqk,bjnke->bjnqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
+    return out.astype(v.dtype).reshape(*out.shape[:3], *queries_shape, out.shape[-1])
+
+
+def make_axis(size, block, halo, stride, centered, masked):
+    """One map axis, for `einsum_cpu` too."""
+    table_center = block - 1 + halo
+    reach = halo
+    if masked and block >= size:
+        block, halo = -(-size // stride) * stride, 0
+    blocks = -(-size // block)
+    queries = np.arange(0, block, stride)[:, None]
+    keys = np.arange(-halo, block + halo)
+    offsets = keys - queries  # [Y, R]
+    hidden = np.zeros((blocks, *offsets.shape), bool)
+    if masked:
+        positions = keys + block * np.arange(blocks)[:, None]
+        hidden |= ((positions < 0) | (positions >= size))[:, None]
+    if centered:
+        hidden |= abs(offsets) > reach
+    return Axis(blocks, block, halo, len(queries), offsets + table_center, np.where(hidden, MASKED, np.float32(0)))
+
+
+def _windows(x, cols):
+    """`[B, R, W + 2h, N, D]` -> `[B, J, N, R, S, D]`, each block of a band with its halo."""
+    x = jnp.stack([x[:, :, j * cols.block : j * cols.block + cols.keys] for j in range(cols.blocks)], axis=1)
+    return x.transpose(0, 1, 4, 2, 3, 5)
+
+
+def _position_codes(rows, cols):
+    """`[R, S, R + S]`: one-hot row, then one-hot column, of each key."""
+    return np.concatenate(
+        [np.broadcast_to(np.eye(rows)[:, None], (rows, cols, rows)), np.broadcast_to(np.eye(cols), (rows, cols, cols))], axis=-1
+    )

@@ -1,0 +1,112 @@
+"""Pictures of runs and of the operator."""
+
+from etils import epath
+
+from halonet_jax.runtime import reporting
+
+SURFACE, INK, MUTED, GRID = "#fcfcfb", "#1f1f1e", "#6b6a66", "#e4e3df"
+COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#4a3aa7", "#e34948")
+
+
+def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path) -> None:
+    """Draws training loss and evaluation top-1 over steps, one colour a run, and writes a PNG.
+
+    Top-1 is of the raw weights (thin) and, where there is one, of the EMA (bold).
+    """
+    figure, (loss_axes, top1_axes) = _figure(1, 2, figsize=(10, 4))
+    for color, workdir in zip(COLORS * len(workdirs), workdirs):
+        reports, name = reporting.read_metrics(workdir), epath.Path(workdir).name
+        _line(loss_axes, reports, "train/loss", color=color, linewidth=1.2, label=name)
+        _line(top1_axes, reports, "eval/top1", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
+        _line(top1_axes, reports, "eval_ema/top1", color=color, linewidth=2, label=f"{name}, EMA")
+    loss_axes.set(title="Training loss", xlabel="step")
+    top1_axes.set(title="Top-1 accuracy, evaluation split", xlabel="step")
+    lines = [y for line in top1_axes.get_lines() for y in line.get_ydata()]
+    if lines:  # Late differences are what is looked for.
+        top1_axes.set_ylim(max(0, sorted(lines)[len(lines) // 4] - 0.05), 1.005)
+        top1_axes.legend(frameon=False, loc="lower right", labelcolor=INK)
+    if len(workdirs) > 1:
+        loss_axes.legend(frameon=False, labelcolor=INK)
+    _save(figure, path)
+
+
+def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_size: int = 2, blocks: int = 4) -> None:
+    """Draws how halo attention cuts a map: blocks, a block's neighbourhood, and what stride 2 leaves out; writes a PNG."""
+    figure, axes = _figure(1, 3, figsize=(13, 4.7))
+    b, h, size = block_size, halo_size, block_size * blocks
+    query, key = COLORS[0], COLORS[1]
+    titles = (
+        f"1. The map is cut into blocks of b = {b} pixels\nOne block's queries share their keys",
+        f"2. Keys and values: the block and a halo of h = {h}\nEvery query sees all (b + 2h)² = {(b + 2 * h) ** 2} of them",
+        f"3. Stride 2 keeps every second query, the same keys\nA quarter of the work: {(b // 2) ** 2} queries instead of {b * b}",
+    )
+    for panel, (a, title) in enumerate(zip(axes, titles)):
+        a.set_title(title, fontsize=10.5, color=INK, linespacing=1.5)
+        a.set(aspect="equal", xticks=[], yticks=[])
+        a.grid(False)
+        first = b if panel == 0 else h  # of the query block's pixels
+        extent = size if panel == 0 else b + 2 * h
+        for y in range(extent):
+            for x in range(extent):
+                in_block = first <= y < first + b and first <= x < first + b
+                in_halo = first - h <= y < first + b + h and first - h <= x < first + b + h
+                face = query if in_block else key if in_halo else "#efeeea"
+                a.add_patch(_pixel(x, y, face, alpha=0.85 if in_block else 0.45 if in_halo else 1))
+                if panel == 2 and in_block and (x - first) % 2 == 0 and (y - first) % 2 == 0:
+                    a.plot(x + 0.5, y + 0.5, "o", color="white", markersize=9)
+        a.set(xlim=(-0.3, extent + 0.3), ylim=(extent + 0.3, -1.1))
+    for edge in range(0, size + 1, b):
+        axes[0].plot((edge, edge), (0, size), color=INK, linewidth=1.2)
+        axes[0].plot((0, size), (edge, edge), color=INK, linewidth=1.2)
+    middle = axes[1]
+    pixel, radius = (h + 1.5, h + 1.5), b + 2 * h
+    for target in ((0.5, 0.5), (radius - 0.5, 0.5), (0.5, radius - 0.5), (radius - 0.5, radius - 0.5), (h + 2.5, h + 2.5)):
+        middle.annotate("", target, pixel, arrowprops={"arrowstyle": "->", "color": INK, "lw": 1.3})
+    middle.plot(*pixel, "o", color="white", markersize=9)
+    for start, stop, label in ((0, h, "h"), (h, h + b, "b"), (h + b, radius, "h")):
+        middle.annotate("", (start, -0.35), (stop, -0.35), arrowprops={"arrowstyle": "<->", "color": MUTED, "lw": 1.2})
+        middle.text((start + stop) / 2, -0.5, label, ha="center", va="bottom", color=MUTED, fontsize=11)
+    handles = [_pixel(0, 0, query, alpha=0.85), _pixel(0, 0, key, alpha=0.45)]
+    figure.legend(
+        handles, ["queries", "halo: keys and values only"], loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
+    )
+    _save(figure, path)
+
+
+def _pixel(x, y, face, alpha):
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x, y), 1, 1, facecolor=face, edgecolor=SURFACE, linewidth=1, alpha=alpha)
+
+
+def _line(axes, reports, key, **style):
+    points = [(report["step"], report[key]) for report in reports if report.get(key) is not None]
+    if points:
+        # One point alone would draw nothing as a line.
+        axes.plot(*zip(*points), marker="o" if len(points) == 1 else None, **style)
+
+
+def _figure(rows, columns, **options):
+    import matplotlib  # Here, since it takes a second that training need not wait for.
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(rows, columns, facecolor=SURFACE, layout="constrained", **options)
+    for a in figure.axes:
+        a.set_facecolor(SURFACE)
+        a.grid(color=GRID, linewidth=0.8)
+        a.tick_params(colors=MUTED, length=0)
+        a.title.set_color(INK)
+        a.xaxis.label.set_color(MUTED)
+        for spine in a.spines.values():
+            spine.set_visible(False)
+    return figure, axes
+
+
+def _save(figure, path):
+    from matplotlib import pyplot
+
+    with epath.Path(path).open("wb") as file:
+        figure.savefig(file, format="png", dpi=110)
+    pyplot.close(figure)

@@ -1,0 +1,153 @@
+"""Says whether a recipe fits a TPU slice, and about how fast it would run, without a TPU: compiles its real steps for the slice.
+
+    pip install -e ".[compile_check]"
+    python scripts/tpu/compile_for_tpu.py --config=configs/h4.py --topology=v5e:8x16 [--config.batch_size=2048 …] [--quick]
+    python scripts/tpu/compile_for_tpu.py --table [--table_minutes=60]
+
+The programs are those of `halonet_jax.training.programs`, as training runs them. Memory, FLOPs, bytes and collectives are known
+before machine code is, in about a minute. Machine code, for an estimate of time, takes five to fifteen more; `--quick` leaves it
+out. It is compiled with `model.scan=True`, without which it would take several times as long: FLOPs are the same then,
+memory is not. Where the train step does not fit, settings that do are looked for.
+
+`--table` compiles the rows of docs/tpu_sizing.md that are missing, most wanted first, and writes the file; it can be stopped
+and goes on where it was.
+
+Exit codes: 0 fits; 1 does not fit; 2 bad input; 3 the compiler failed.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from halonet_jax import command_line
+from halonet_jax.costs import chips, tpu_compile, tpu_table
+
+_CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice, such as v5e:4x4, v4:4x4x4 or v3:8x8 (chips; v3's have two cores).")
+_QUICK = flags.DEFINE_bool("quick", False, "Memory, FLOPs, bytes and collectives alone.")
+_TABLE = flags.DEFINE_bool("table", False, "Goes on with docs/tpu_sizing.md.")
+_TABLE_MINUTES = flags.DEFINE_float("table_minutes", 0, "Starts no compile after so many minutes; 0: goes on to the end.")
+
+
+def main() -> int:
+    if _TABLE.value:
+        return tpu_table.main(_TABLE_MINUTES.value, _QUICK.value)
+    for name, value in (("config", _CONFIG.value), ("topology", _TOPOLOGY.value)):
+        if value is None:
+            raise command_line.UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")
+    try:
+        return check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
+    except tpu_compile.CompileFailed as error:
+        print(f"error: the compiler failed: {error}", file=sys.stderr)
+        return 3
+
+
+def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
+    """Compiles, prints, and looks for what would fit where the train step does not."""
+    begin = time.monotonic()
+    tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
+    parsed = tpu_compile.check(config, topology)
+    chip = parsed.chip
+    cores = " of two cores" if chip.cores_per_device == 2 else ""
+    print(
+        f"{config.model.name}, {config.data.image_size} px, batch {config.batch_size} on {topology}: {parsed.num_chips} chips, "
+        f"{parsed.num_devices} devices ({'cores' if chip.devices_per_chip == 2 else 'chips' + cores}), "
+        f"{config.batch_size // parsed.num_devices} images each; figures are of one device",
+        flush=True,
+    )
+    held = config.batch_size // config.optimizer.accumulation_steps // parsed.num_devices
+    if (group := config.model.bn_group_size) and held % group:
+        print(
+            f"note: batch-norm groups of {group} images span devices, which hold {held} at once, so that every norm makes "
+            f"all-reduces; --config.model.bn_group_size={held} would not"
+        )
+    tell("compiling the train step as far as its memory …")
+    train = tpu_compile.compile_step(config, topology, "train")
+    tell("compiling the eval step as far as its memory …")
+    evaluation = tpu_compile.compile_step(config, topology, "eval")
+    tell("done")
+    print(train["description"])
+    eval_batch_size = config.eval_batch_size or config.batch_size
+    report("train step", train, chip)
+    report("eval step", evaluation, chip)
+    if not train["fits"]:
+        print("The train step does not fit; looking for what would …", flush=True)
+        print_remedies(tpu_compile.make_fit(config, topology, train, tell), tpu_compile.Settings.of(config), chip)
+        return 1
+    if not quick:
+        estimate_time(config, topology, tell)
+    if not evaluation["fits"]:
+        print(f"VERDICT: training fits, evaluation does not; set --config.eval_batch_size below {eval_batch_size}")
+        return 1
+    print("VERDICT: fits")
+    return 0
+
+
+def print_remedies(found: list, here: tpu_compile.Settings, chip: chips.Chip) -> None:
+    """The verdict where the train step does not fit."""
+    if not found:
+        print("VERDICT: does not fit, and nothing tried does; take a larger slice, or chips with more memory")
+        return
+    print(f"VERDICT: does not fit. What does, of what was compiled, with the memory that it takes of {_gib(chip.memory)}:")
+    for settings, record in found:
+        least = 1e3 * chips.roofline_seconds(chip, record["flops"], record["bytes"])
+        print(f"  {settings.flags(here):70s} {_gib(record['peak_bytes'])}, at least {least:.0f} ms a step")
+    print("  or a slice so much larger that a device holds no more images than such a micro-batch")
+
+
+def estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callable[[str], None]) -> None:
+    """Compiles the train step to machine code and prints what its cycles come to."""
+    chip = chips.topology(topology).chip
+    config, scan = config.copy_and_resolve_references(), config.model.scan
+    config.model.scan |= config.optimizer.name != "lamb"  # which cannot do with it
+    with_scan = ", with --config.model.scan=True" if config.model.scan > scan else ""
+    tell(f"compiling the train step to machine code{with_scan}; this takes minutes …")
+    record = tpu_compile.compile_step(config, topology, "train", quick=False)
+    tell("done")
+    if "cycles" not in record:
+        print(f"  no estimate of time: {with_scan.strip(', ')} the step needs {_gib(record['needed_bytes'])} and does not fit")
+        return
+    seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
+    print(
+        f"estimated time     {1e3 * seconds:.3g} ms a step, {config.batch_size / seconds:.4g} images/s on the slice\n"
+        f"  from the backend's estimated cycles, loops multiplied, at {chip.clock / 1e9:g} GHz; attention's kernels\n"
+        f"  as at the peak of their FLOPs; collectives, gathers and max pooling's gradient are not in it, and where memory bounds\n"
+        f"  it may be {1 / chip.add_share:.1f} times too long"
+    )
+
+
+def report(name: str, record: dict, chip: chips.Chip) -> None:
+    """Prints a step's figures."""
+    print(f"{name}:")
+    if "peak_bytes" not in record:
+        print(f"  memory         {_gib(record['needed_bytes'])} for activations alone, of {_gib(chip.memory)}")
+        return
+    print(
+        f"  memory         {_gib(record['peak_bytes'])} of {_gib(chip.memory)}: parameters {_gib(record['param_bytes'])}, "
+        f"optimizer and statistics {_gib(record['optimizer_bytes'])}, EMA {_gib(record['ema_bytes'])}, "
+        f"temporaries {_gib(record['temp_bytes'])}"
+    )
+    print(
+        f"  work           {record['flops'] / 1e12:.3g} TFLOP in matrix units, {record['bytes'] / 1e9:.3g} GB to and from memory"
+    )
+    for kind, count, size in record["collectives"]:
+        print(f"  {kind:14s} {count} times, {size / 1e6:.2f} MB")
+    for loop in record["unknown_loops"]:
+        print(f"  warning: {loop} repeats an unknown number of times and is counted once")
+    least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
+    print(
+        f"  least time     {1e3 * least:.3g} ms: the larger of FLOPs over {chip.flops / 1e12:g} TFLOP/s and bytes over "
+        f"{chip.bandwidth / 1e9:g} GB/s"
+    )
+
+
+def _gib(size):
+    return f"{size / chips.GIB:.3g} GiB"
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,151 @@
+"""Compiles the fused attention kernels for TPU chips, without a TPU, for every attention layer of HaloNet H0 to H7.
+
+    pip install -e ".[compile_check]"
+    python scripts/tpu/kernel_table.py --chips=v5e,v5p [--models=h1,h4] [--batch=2] [--traffic]
+
+Prints, for each shape, whether forward and backward pass compile, the on-chip memory that they take, and how long that took.
+`--traffic` adds bytes to and from main memory, in MB: of the kernels by their specs; of the whole layer, with what XLA does
+around them, by the compiler; of `ops.xla`, by the compiler; and the least, which is each of q, k, v and the
+tables read once and the output written once. The gradient is of both passes: its least has, for the backward pass, q, k, v, the
+tables and the output's gradient read once and four gradients written once. Use a batch of 64 or more then: the compiler puts
+small arrays into on-chip memory, where its bytes do not count them.
+"""
+
+import functools
+import math
+import os
+import re
+import sys
+import time
+
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+os.environ.update(
+    TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost", JAX_PLATFORMS="cpu"
+)  # fmt: skip
+
+import jax  # noqa: E402  (after the variables above)
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from absl import app, flags  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from halonet_jax.costs import chips, hlo, hlo_cost  # noqa: E402
+from halonet_jax.models import variants  # noqa: E402
+from halonet_jax.ops import einsum, halo_attention, tpu  # noqa: E402
+
+_CHIPS = flags.DEFINE_list("chips", ["v4", "v5e", "v5p", "v6e"], "Which.")
+_MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "Which.")
+flags.register_validator("models", lambda names: set(names) <= set(IMAGE_SIZES), "known: h0 to h7")
+flags.register_validator("chips", lambda names: set(names) <= set(SLICES), "known: v3, v4, v5e, v5p, v6e")
+_BATCH = flags.DEFINE_integer("batch", 2, "Images on the chip.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Of q, k and v.")
+_TRAFFIC = flags.DEFINE_bool("traffic", False, "Counts bytes too.")
+
+SLICES = {"v3": "2x2", "v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
+# Image sizes of the paper's table 3.
+IMAGE_SIZES = {"h0": 256, "h1": 256, "h2": 256, "h3": 320, "h4": 384, "h5": 448, "h6": 512, "h7": 600}
+
+
+def layers(model: str) -> list[tuple[str, dict]]:
+    """The attention layers of a model that differ: name, and what `layer` takes."""
+    variant, size, found = variants.VARIANTS[model], IMAGE_SIZES[model] // 4, []
+    for stage, heads in enumerate(variant["num_heads"]):
+        width = variant["base_width"] * 2**stage
+        shape = dict(
+            heads=heads, channels=width // heads, values=round(width * variant["value_ratio"]) // heads,
+            block_size=variant["block_size"], halo_size=variant["halo_size"],
+        )  # fmt: skip
+        if stage:
+            found.append((f"{model} stage {stage + 1}, first", dict(shape, size=size, stride=2)))
+            size = -(-size // 2)
+        found.append((f"{model} stage {stage + 1}", dict(shape, size=size, stride=1)))
+    return found
+
+
+def main(_) -> int:
+    failed = 0
+    for name in _CHIPS.value:
+        chip = chips.CHIPS[name]
+        device = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{SLICES[name]}", **chip.options).devices[0]
+        seen = {}
+        for label, shape in (layer for model in _MODELS.value for layer in layers(model)):
+            key = tuple(shape.values())
+            if key in seen:
+                print(f"{name} {label:18s} as {seen[key]}", flush=True)
+                continue
+            seen[key] = label
+            with jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device], "data").abstract_mesh):
+                text, ok = report(device, **shape)
+            failed += not ok
+            print(f"{name} {label:18s} {' '.join(f'{k}={v}' for k, v in shape.items())}: {text}", flush=True)
+    return 1 if failed else 0
+
+
+def report(device, size, stride, heads, channels, values, block_size, halo_size) -> tuple[str, bool]:
+    """What came of one shape on the chip whose mesh is set, and whether that is as `unsupported` says."""
+    dtype, batch = jnp.dtype(_DTYPE.value), _BATCH.value
+    out_size = -(-size // stride)
+    place = lambda shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.SingleDeviceSharding(device))
+    # As a model hands them over: all heads in one axis. The reshape is then the layer's, as it is there.
+    pixels, queries = (batch, size, size), (batch, out_size, out_size)
+    table = place((2 * block_size + 2 * halo_size - 1, channels // 2))
+    inputs = *(place((*at, heads * n)) for at, n in ((queries, channels), (pixels, channels), (pixels, values))), table, table
+    cotangent = place((*queries, heads * values))
+    options = dict(block_size=block_size, halo_size=halo_size, stride=stride)
+
+    def attend(implementation, q, k, v, *tables):
+        q, k, v = (x.reshape(*x.shape[:3], heads, -1) for x in (q, k, v))
+        return halo_attention(q, k, v, *tables, **options, implementation=implementation).reshape(*queries, -1)
+
+    def gradient(implementation, cotangent, *inputs):
+        return jax.vjp(functools.partial(attend, implementation), *inputs)[1](cotangent)
+
+    split = [jax.ShapeDtypeStruct((*x.shape[:3], heads, x.shape[3] // heads), dtype) for x in inputs[:3]]
+    if reason := tpu.unsupported(*split, **options):
+        return f"left to xla: {reason}", True
+    begin = time.monotonic()
+    try:
+        text = compiled_text(gradient, tpu.attend, cotangent, *inputs)
+    except jax.errors.JaxRuntimeError as error:
+        first = re.search(r"\d+\.\d+M[^.]*of[^.]*\d+\.\d+M|[Ee]xceeded[^.]*\.\d+M|.{0,200}", str(error)).group()
+        return f"DOES NOT COMPILE: {first}", False
+    seconds = time.monotonic() - begin
+    used = {
+        kind: int(size) / 2**20
+        for kind, size in re.findall(
+            r'%halo_attention_(\w+)[.\d]* = .*"used_scoped_memory_configs":\[\{[^}]*"size":"(\d+)"', text
+        )
+    }
+    plan = tpu.make_plan(*split, **options, centered=False, masked=True, logits_scale=1.0)
+    words = [f"compiles in {seconds:.0f} s"]
+    words += [
+        f"{kind} {used[kind]:.1f} MiB of VMEM, {tpu.vmem_estimate(plan, kind == 'backward') / 2**20:.1f} estimated"
+        for kind in ("forward", "backward")
+    ]
+    if _TRAFFIC.value:
+        small = sum(math.prod(x.shape) * x.dtype.itemsize for x in inputs)
+        out = math.prod(cotangent.shape) * dtype.itemsize
+        for kind, function, arguments, least in (
+            ("forward", attend, inputs, small + out), ("gradient", gradient, (cotangent, *inputs), 3 * small + 2 * out)
+        ):  # fmt: skip
+            ours, theirs = (hlo.parse(compiled_text(function, a, *arguments)) for a in (tpu.attend, einsum.attend))
+            kernels = sum(
+                array.padded_bytes
+                for computation in ours.computations.values()
+                for call in computation.values()
+                if call.opcode == "custom-call" and "halo_attention_" in call.name
+                for name in (call.name, *call.operands)
+                for array in hlo.arrays(computation[name].shape)
+            )
+            sizes = (kernels, hlo_cost.cost(ours).bytes, hlo_cost.cost(theirs).bytes, least)
+            words.append(kind + " MB: kernels {:.0f}, layer {:.0f}, xla {:.0f}, least {:.0f}".format(*np.array(sizes) / 1e6))
+    return "; ".join(words), True
+
+
+def compiled_text(function, implementation, *arguments) -> str:
+    traced = jax.jit(functools.partial(function, implementation)).trace(*arguments)
+    return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+
+
+if __name__ == "__main__":
+    app.run(lambda argv: sys.exit(main(argv)))
