@@ -3,10 +3,20 @@
 python -m halonet_jax.train --config=configs/digits.py --workdir=runs/digits
 """
 
+import ml_collections
+
 from halonet_jax import config as config_lib
 
 
-def get_config(argument: str = ""):
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe's config.
+
+    Args:
+        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+
+    Raises:
+        ConfigError: the argument is neither.
+    """
     config = config_lib.digits()
     config.num_epochs = 40.0
     config.ema_decay = 0.98

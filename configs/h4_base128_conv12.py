@@ -6,10 +6,20 @@ Source: arXiv 2103.12731, transfer section; the recipe is h4_base128's. Paramete
 Published: 85.5 top-1 on ImageNet-1k after fine-tuning at 384 px, 85.8 at 512 px.
 """
 
+import ml_collections
+
 from halonet_jax import config as config_lib
 
 
-def get_config(argument: str = ""):
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe's config.
+
+    Args:
+        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+
+    Raises:
+        ConfigError: the argument is neither.
+    """
     config = config_lib.sibling(__file__, "h4_base128")
     config.model.name = "h4_base128_conv12"
     return config_lib.with_argument(config, argument)

@@ -6,10 +6,20 @@ Source: arXiv 2103.12731, table 1 and appendix. Parameters: 30.7 M.
 Published: about 84.0 top-1 (plotted only; a third party's reading of the figure).
 """
 
+import ml_collections
+
 from halonet_jax import config as config_lib
 
 
-def get_config(argument: str = ""):
+def get_config(argument: str = "") -> ml_collections.ConfigDict:
+    """Returns the recipe's config.
+
+    Args:
+        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+
+    Raises:
+        ConfigError: the argument is neither.
+    """
     config = config_lib.imagenet()
     config.model.name = "h5"
     config.data.image_size = 448

@@ -132,7 +132,7 @@ def _unknown_key(error):
     return (
         "; ".join([key, *hint]).replace("Did you mean", "did you mean")
         if hint
-        else f"{key}; config.py of the package lists all"
+        else f"{key}; halonet_jax/config/knobs.py lists all keys"
     )
 
 

@@ -14,7 +14,7 @@ RULES = {
     "ops": (set(), {"jax", "numpy"}),
     "models": ({"ops", "models"}, {"jax", "flax", "numpy"}),
     "errors": (set(), set()),
-    "config": ({"errors", "models"}, ANY_LIBRARY),
+    "config": ({"errors", "ops", "models"}, ANY_LIBRARY),
     "data": ({"errors"}, ANY_LIBRARY),
     "runtime": ({"errors", "config", "STARTED"}, ANY_LIBRARY),
     "training": ({"errors", "config", "runtime"}, ANY_LIBRARY),

@@ -1,0 +1,25 @@
+"""What follows from a config's values."""
+
+import math
+
+import ml_collections
+
+
+def model_options(config: ml_collections.ConfigDict) -> dict:
+    """Returns the keyword arguments of `models.create`: the model knobs except those left to the variant.
+
+    Args:
+        config: a whole config; its `model` section is read.
+    """
+    return {key: value for key, value in config.model.items() if value is not None}
+
+
+def independent_parts(config: ml_collections.ConfigDict) -> int:
+    """Returns into how many equal parts each batch can be cut so that no two parts share batch-norm statistics.
+
+    Args:
+        config: a whole config, which need not be valid.
+    """
+    micro_batch, group = config.batch_size // max(1, config.optimizer.accumulation_steps), config.model.bn_group_size
+    groups = micro_batch // group if group > 0 and micro_batch % group == 0 else 1
+    return math.gcd(groups, config.eval_batch_size) or 1

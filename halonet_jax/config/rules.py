@@ -1,0 +1,138 @@
+"""The kinds of value that a knob may hold: whole numbers, real numbers, text, choices, switches and tuples of these.
+
+Each rule has `type`, the Python type that the config stores; `text`, the rule in words; `has_type(value)`; and
+`allows(value)`, which also checks the range. No rule lets NaN, an infinity or a bool in place of a number pass.
+"""
+
+import numbers
+from typing import NamedTuple
+
+
+class Whole(NamedTuple):
+    """A whole number from `least` to `most`, both included."""
+
+    least: int
+    most: int = 2**31 - 1
+    type = int
+
+    @property
+    def text(self) -> str:
+        return f"a whole number between {self.least} and {self.most}"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+    def allows(self, value) -> bool:
+        return self.has_type(value) and self.least <= value <= self.most
+
+
+class Real(NamedTuple):
+    """A finite number from `least` to `most`, both included."""
+
+    least: float
+    most: float
+    type = float
+
+    @property
+    def text(self) -> str:
+        return f"a number between {self.least:g} and {self.most:.6g}"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+    def allows(self, value) -> bool:
+        return self.has_type(value) and self.least <= value <= self.most  # False for NaN
+
+
+class Switch(NamedTuple):
+    """True or False."""
+
+    type = bool
+    text = "True or False"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, bool)
+
+    def allows(self, value) -> bool:
+        return self.has_type(value)
+
+
+class Text(NamedTuple):
+    """A string without a null character, which no file system accepts."""
+
+    may_be_empty: bool = False
+    type = str
+
+    @property
+    def text(self) -> str:
+        return "a string" if self.may_be_empty else "a string that is not empty"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, str)
+
+    def allows(self, value) -> bool:
+        return self.has_type(value) and "\0" not in value and (self.may_be_empty or bool(value))
+
+
+class Choice(NamedTuple):
+    """One of `names`."""
+
+    names: tuple[str, ...]
+    type = str
+
+    @property
+    def text(self) -> str:
+        return f"one of {', '.join(self.names)}"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, str)
+
+    def allows(self, value) -> bool:
+        return self.has_type(value) and value in self.names
+
+
+class Tuple(NamedTuple):
+    """A tuple of `least` to `most` elements that obey `item`; with `rising`, none is less than the one before."""
+
+    item: Whole | Real | Text | Choice
+    least: int
+    most: int
+    rising: bool = False
+    type = tuple
+
+    @property
+    def text(self) -> str:
+        count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
+        order = ", in rising order" if self.rising else ""
+        return f"a tuple of {count} elements{order}, each {self.item.text}"
+
+    def has_type(self, value) -> bool:
+        return isinstance(value, tuple) and all(map(self.item.has_type, value))
+
+    def allows(self, value) -> bool:
+        return (
+            self.has_type(value)
+            and self.least <= len(value) <= self.most
+            and all(map(self.item.allows, value))
+            and (not self.rising or all(a <= b for a, b in zip(value, value[1:])))
+        )
+
+
+class EmptyOr(NamedTuple):
+    """The empty tuple, or what `other` allows."""
+
+    other: Tuple
+    type = tuple
+
+    @property
+    def text(self) -> str:
+        return f"empty, or {self.other.text}"
+
+    def has_type(self, value) -> bool:
+        return self.other.has_type(value)
+
+    def allows(self, value) -> bool:
+        return value == () or self.other.allows(value)
+
+
+Rule = Whole | Real | Switch | Text | Choice | Tuple | EmptyOr
