@@ -50,7 +50,7 @@ def show(value) -> str:
         value: anything, such as a number of thousands of digits, which Python refuses to print.
     """
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split())  # a nested config prints over several lines
     except ValueError:
         text = f"<{type(value).__name__} too long to print>"
     except RecursionError:

@@ -31,7 +31,7 @@ def bad_values(knob):
         bad += [1, (), ("x",), "nul\0"]
     else:
         inner = rule.other if isinstance(rule, rules.EmptyOr) else rule
-        good = knob.example or knob.default or variants.DEFAULTS[knob.key]
+        good = knob.example or knob.default or variants.DEFAULTS.get(knob.key, ())
         bad += ["1", 1, list(good)] if good else ["1", 1]
         bad += [()] if inner.least and inner is rule else []
         bad += [good + good[:1] * inner.most] if good else []
@@ -73,7 +73,9 @@ def test_bad_values_end_in_one_line_whose_proposal_works(key):
 def test_defaults_and_ends_of_ranges_are_allowed(key):
     knob, rule = KNOBS[key], KNOBS[key].allowed
     assert knob.default is None or rule.allows(knob.default)
-    assert knob.unit == knob.unit.strip() and knob.source in (knobs.PAPER, knobs.IMPLIED, knobs.OPEN, knobs.OURS) and knob.meaning
+    assert (
+        knob.unit == knob.unit.strip() and knob.source in (knobs.PAPER, knobs.IMPLIED, knobs.OPEN, knobs.OURS) and knob.meaning
+    )
     if isinstance(rule, (rules.Whole, rules.Real)):
         assert rule.allows(rule.least) and rule.allows(rule.most)
     if isinstance(rule, rules.Choice):

@@ -23,7 +23,7 @@ def test_an_older_file_gets_new_knobs_at_their_defaults():
     ('{"model": {"nmae": "h0"}}', "does not know: 'model.nmae'; did you mean 'model.name'"),
     ('{"sed": 1}', "'sed'; did you mean 'seed'"), ('{"": 1}', "does not know: ''"), ('{"x.y": {}}', "does not know: 'x.y'"),
     ('{"model": 3}', "model=3, which must be an object"), ('{"model": null}', "model=None, which must be an object"),
-    ('{"seed": "x"}', "seed='x', which must be a whole number"), ('{"seed": {}}', "seed={}, which")
+    ('{"seed": "x"}', "seed='x', which must be a whole number"), ('{"seed": {}}', "seed={}, which"),
     ('{"seed": 1.5}', "seed=1.5"), ('{"seed": true}', "seed=True"), ('{"data": {"std": [1, "x", 1]}}', "data.std=.*'x'"),
     ('{"data": {"std": [[1], {}, 1]}}', "data.std="), ('{"data": {"dir": 1}}', "data.dir=1"),
     ('{"num_epochs": ' + "9" * 400 + "}", "num_epochs=9"), ('{"tensorboard": 1}', "tensorboard=1"),
