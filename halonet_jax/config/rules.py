@@ -35,7 +35,7 @@ class Real(NamedTuple):
 
     @property
     def text(self) -> str:
-        return f"a number between {self.least:g} and {self.most:.6g}"
+        return f"a number between {self.least:.15g} and {self.most:.15g}"
 
     def has_type(self, value) -> bool:
         return isinstance(value, numbers.Real) and not isinstance(value, bool)

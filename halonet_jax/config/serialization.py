@@ -35,7 +35,7 @@ def from_json(text: str | bytes, sections: Mapping[str, tuple[knobs.Knob, ...]] 
         stored = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: JSON and UTF-8 faults, integers of thousands of digits
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise ConfigError(f"config.json is damaged ({reason}); give the training command again to rewrite it") from None
+        raise ConfigError(f"config.json is torn ({reason}); give the training command again to rewrite it") from None
     if not isinstance(stored, dict):
         raise ConfigError(
             f"config.json holds {show(stored)} instead of an object of knobs; give the training command again to rewrite it"
