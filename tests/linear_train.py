@@ -40,11 +40,11 @@ class Poisoned:
 
     def __getitem__(self, index):
         example = self._source[index]
-        return example._replace(image=np.full_like(example.image, 255)) if index == self._index else example
+        return example | {"image": np.full_like(example["image"], 255)} if index == self._index else example
 
 
-def open_source(config, split, original=data.open_source):
-    source = original(config, split)
+def open_source(config, split, original=data.open_source, **options):
+    source = original(config, split, **options)
     return Poisoned(source, int(os.environ["POISON"])) if "POISON" in os.environ and split == "train" else source
 
 
@@ -52,4 +52,5 @@ if __name__ == "__main__":  # Grain's worker processes import this file too
     sys.modules["tensorflow"] = None  # takes seconds to import
     data.open_source = open_source
     classification.make_model = lambda config, num_classes: Linear(config.model.base_width, num_classes)
+    train.define_flags()
     command_line.run(train.main, required_flags=("config", "workdir"))
