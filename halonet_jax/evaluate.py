@@ -61,11 +61,9 @@ def evaluate(
     devices = jax.device_count()
     size = config.eval_batch_size or config.batch_size
     own = dict(config.data)
-    with config.unlocked():
-        config.data.dir = config.data.dir if data_dir is None else data_dir
-        config.data.name = config.data.name if data_name is None else data_name
-        config.data.eval_split = split or config.data.eval_split
-    split = config.data.eval_split
+    config.data.dir = config.data.dir if data_dir is None else data_dir
+    config.data.name = config.data.name if data_name is None else data_name
+    split = config.data.eval_split = split or config.data.eval_split
     # What belongs to training alone must not stand in the way here.
     config.mesh.fsdp, config.model.bn_group_size, config.optimizer.accumulation_steps = 1, 0, 1
     config.eval_batch_size = batch_size or -(-size // devices) * devices

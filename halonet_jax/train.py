@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from halonet_jax import __version__, command_line, data, tasks
+from halonet_jax import __version__, command_line, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.errors import Stopped
 from halonet_jax.runtime import distributed, plots, profiling, reporting, stopping
@@ -111,7 +111,6 @@ def prepare(
 
     def open_data():
         with distributed.together("opening the data"):
-            data.check(config.data)
             return [definition.open_source(config, split) for split in (config.data.train_split, config.data.eval_split)]
 
     train_source, eval_source = stop.interruptible(open_data)

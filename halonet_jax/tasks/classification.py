@@ -16,6 +16,7 @@ _NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}
 
 def open_source(config: ml_collections.ConfigDict, split: str, **options) -> data.Source:
     """One split of the configured data; `options` are those of `halonet_jax.data.open_source`."""
+    data.randaugment.check_ops(config.data.randaugment_ops)
     return data.open_source(config.data, split, **options)
 
 

@@ -88,7 +88,7 @@ class DeviceBatches:
         num_corrupt: the loader's count, of the batches handed out so far.
     """
 
-    _POLL, _END = 0.1, 10.0  # seconds
+    _POLL, _END = 0.1, 5.0  # seconds
 
     def __init__(
         self,
