@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax import data, models
+from halonet_jax import data, models, tasks
 from halonet_jax.costs import floors
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
