@@ -88,7 +88,8 @@ def evaluate(
 
     eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=jax.NamedSharding(mesh, jax.P()))
     share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    with data.eval_batches(source, config.data, batch_size=config.eval_batch_size, **share) as batches:
+    transform = data.ClassificationTransform(config.data, num_classes=source.num_classes, training=False)
+    with data.eval_batches(source, transform, config.data, batch_size=config.eval_batch_size, **share) as batches:
         sums = step.evaluate(eval_step, {"eval": weights}, sharding.DeviceBatches(batches, mesh))["eval"]
         corrupt = int(distributed.gather(batches.num_corrupt).sum())
     if not sums["count"]:

@@ -39,6 +39,7 @@ class Run(NamedTuple):
     programs: programs.Programs
     train_source: data.Source
     eval_source: data.Source
+    transform: data.Transform
     steps_per_epoch: float
     last_step: int
     checkpointer: checkpoint.Checkpointer
@@ -101,7 +102,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
     with distributed.together("opening the data"):
         train_source = data.open_source(config.data, config.data.train_split)
         eval_source = data.open_source(config.data, config.data.eval_split)
-        data.randaugment.check_ops(config.data.randaugment_ops)
+        transform = data.ClassificationTransform(config.data, num_classes=train_source.num_classes, training=True)
     distributed.check_same("data set", f"{len(train_source)} {len(eval_source)} {train_source.class_names}")
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
@@ -143,7 +144,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
         tensorboard=config.tensorboard,
     )  # fmt: skip
     run = Run(
-        config, workdir, program, train_source, eval_source, steps_per_epoch, last_step, checkpointer, reporter,
+        config, workdir, program, train_source, eval_source, transform, steps_per_epoch, last_step, checkpointer, reporter,
         profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer),
         stopping.Watchdog(config.hang_timeout), stop, clock,
     )  # fmt: skip
@@ -172,7 +173,7 @@ def run_steps(run: Run, train_state, position) -> tuple[state.TrainState, dict |
     if start_step == last_step and reporting.last_evaluation(run.workdir).get("step") != last_step:
         results = evaluate(run, train_state, last_step)  # which the last start did not come to
     with data.train_batches(
-        run.train_source, config.data, batch_size=config.batch_size, seed=config.seed,
+        run.train_source, run.transform, config.data, batch_size=config.batch_size, seed=config.seed,
         start_step=start_step + position.get("skipped_batches", 0), **_share(),
     ) as loader:  # fmt: skip
         batches = sharding.DeviceBatches(loader, run.programs.mesh)
@@ -231,7 +232,7 @@ def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
             run.watchdog.doing(f"batch {number} of the evaluation of step {at_step}")
             yield batch
 
-    with data.eval_batches(run.eval_source, config.data, batch_size=batch_size, **_share()) as loader:
+    with data.eval_batches(run.eval_source, run.transform, config.data, batch_size=batch_size, **_share()) as loader:
         batches = watched(sharding.DeviceBatches(loader, run.programs.mesh))
         sums = step.evaluate(run.programs.eval_step, train_state.weights(), batches)
         corrupt = int(distributed.gather(loader.num_corrupt).sum())

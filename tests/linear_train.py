@@ -39,12 +39,12 @@ class Poisoned:
         return len(self._source)
 
     def __getitem__(self, index):
-        example = self._source[index]
-        return example._replace(image=np.full_like(example.image, 255)) if index == self._index else example
+        record = self._source[index]
+        return record | {"image": np.full_like(record["image"], 255)} if index == self._index else record
 
 
-def open_source(config, split, original=data.open_source):
-    source = original(config, split)
+def open_source(config, split, original=data.open_source, **options):
+    source = original(config, split, **options)
     return Poisoned(source, int(os.environ["POISON"])) if "POISON" in os.environ and split == "train" else source
 
 

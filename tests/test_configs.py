@@ -42,7 +42,8 @@ def test_smoke_recipe_forward_and_backward(name):
     draw = lambda x: jnp.asarray(np.random.default_rng(0).standard_normal(x.shape) * x.size**-0.25, x.dtype)
     params, model_state = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
     source = data.open_source(config.data, "train")
-    with data.train_batches(source, config.data, batch_size=4, seed=0) as batches:
+    transform = data.ClassificationTransform(config.data, num_classes=source.num_classes, training=True)
+    with data.train_batches(source, transform, config.data, batch_size=4, seed=0) as batches:
         batch = next(batches)
     gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), gradients = gradient(params, model_state, batch, jax.random.key(0))

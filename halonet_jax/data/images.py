@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import simplejpeg
 
-from halonet_jax.data.randaugment import randaugment
+from halonet_jax.data import randaugment
 from halonet_jax.errors import CorruptImage
 
 # The loader's threads are the parallelism; OpenCV's own would only contend with them.
@@ -116,7 +116,7 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) ->
     if c.flip and rng.random() < 0.5:
         image = horizontal_flip(image)
     if c.randaugment_layers:
-        image = randaugment(image, rng, c.randaugment_layers, c.randaugment_magnitude, c.randaugment_ops)
+        image = randaugment.apply_random_ops(image, rng, c.randaugment_layers, c.randaugment_magnitude, c.randaugment_ops)
     return image
 
 
