@@ -47,7 +47,7 @@ class ClassificationTransform:
         """
         image, label = record["image"], int(record["label"])
         if isinstance(image, bytes):
-            image = images.decode(image)
+            image = images.decode(image, self.max_pixels)
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise CorruptImage(f"an array {image.dtype}{list(image.shape)} instead of uint8[h, w, 3]")
         if not 0 <= label < self.num_classes:
