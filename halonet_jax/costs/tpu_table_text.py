@@ -44,7 +44,7 @@ NO_TIMES = "\nNo estimate of time is compiled yet."
 SOME_TIMES = "\nEstimates of time. For the other recipes, none is compiled yet."
 ALL_TIMES = "\nEstimates of time:"
 
-FOOTER = """
+FOOTER = """\
 ## How we get the figures, and their limits
 
 - **Memory is the compiler's own.** Exceeding it is a compile error, so "fits" is not an estimate. The figure is from
