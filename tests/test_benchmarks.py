@@ -23,7 +23,7 @@ INPUT = "bench_input.py --rounds=2 --images=8 --batch=4 --image_size=32 --randau
 @pytest.mark.parametrize(
     "command, expected, absent",
     [
-        (ATTENTION, {"halonet_jax reference", "halonet_jax xla"}, "timm"),
+        (ATTENTION, {"halonet_jax reference", "halonet_jax einsum_cpu"}, "timm"),
         (MODEL, {"halonet_jax auto"}, "timm"),
         (INPUT, {"halonet_jax"}, "tf.data"),
     ],

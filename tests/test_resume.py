@@ -130,7 +130,7 @@ def test_non_finite_loss_stops_and_leaves_the_good_checkpoint(uninterrupted, tmp
         "max_steps": STEPS + 9,
         "checkpoint_every_steps": 1,
         "checkpoints_to_keep": 9,
-        "schedule__learning_rate": 1e39,
+        "schedule__learning_rate": 1e6,
     }
     done = train(tmp_path / "run", code=70, **config)
     last = checkpoints(tmp_path / "run")[-1]
