@@ -122,7 +122,7 @@ def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any
     if checkpointer.latest_step() is None:
         train_state, position = program.create_state(), describe_data(config, train_source)
     else:
-        train_state, position = checkpointer.restore(program.abstract_state)
+        train_state, position = checkpointer.restore(program.abstract_state, program.create_state)
         check_same_data(position, describe_data(config, train_source))
     jax.block_until_ready(train_state)
     clock.lap("state")
@@ -164,7 +164,9 @@ def run_steps(run: Run, train_state, position) -> tuple[state.TrainState, dict |
     def save(top1=None):
         run.watchdog.doing(f"saving step {at_step}")
         now = position | describe_data(config, run.train_source) | {"step_metrics": step_metrics.collected()}
-        run.checkpointer.save(train_state, now | {"num_corrupt": num_corrupt()}, top1)
+        run.checkpointer.save(train_state, now | {"num_corrupt": num_corrupt()})
+        if top1 is not None:
+            run.checkpointer.set_score(at_step, top1)
 
     def num_corrupt():
         return position.get("num_corrupt", 0) + int(distributed.gather(batches.num_corrupt).sum())
