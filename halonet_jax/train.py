@@ -136,7 +136,7 @@ def prepare(
     if checkpointer.latest_step() is None:
         state = stop.interruptible(lambda: jax.block_until_ready(program.create_state()))
     else:
-        restore = lambda: checkpointer.restore(program.abstract_state)
+        restore = lambda: checkpointer.restore(program.abstract_state, program.create_state)
         state, record = stop.interruptible(lambda: jax.block_until_ready(restore()))
         progress = Progress.from_record(record).continue_with(progress)
     clock.lap("state")
@@ -180,8 +180,8 @@ def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) 
     if is_writer:
         try:
             plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
-        except OSError as error:
-            logging.warning("No picture of the learning curve: %s", error)
+        except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
+            logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
         results = outcome.evaluation or newest
         scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith(f"/{metric}"))
         done = outcome.step > start_step

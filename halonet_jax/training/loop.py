@@ -78,7 +78,7 @@ class Outcome(NamedTuple):
         step: the last step that was done.
         evaluation: the report of its evaluation; None where it was not evaluated now.
         stopped: a signal ended the run early.
-        saved: what was done is in a checkpoint.
+        saved: steps were done, and they are in a checkpoint.
     """
 
     step: int
@@ -129,7 +129,7 @@ def _run_steps(run, state, progress):
         try:
             results = score()  # which the last start did not finish
         except Stopped:
-            return Outcome(at_step, None, stopped=True)
+            return Outcome(at_step, None, stopped=True, saved=False)
     if start_step >= last_step:
         return Outcome(at_step, results)
     run.watchdog.doing("waiting for the first batch")
@@ -184,7 +184,7 @@ def _run_steps(run, state, progress):
             save()  # Alone, so that no other process waits in a step that will not come.
             raise DataError(f"{error}. Step {at_step} is saved; the same command resumes") from None
         run.watchdog.doing("closing the data loader")
-    return Outcome(at_step, results, stopped=stop, saved=at_step > start_step or start_step > 0)
+    return Outcome(at_step, results, stopped=stop, saved=at_step > start_step)
 
 
 def evaluate(run: Run, state: TrainState, at_step: int) -> dict[str, float]:
