@@ -181,7 +181,6 @@ class Checkpointer:
         try:
             self.wait()
         except SaveError:
-            self._pending = None
             with contextlib.suppress(Exception):  # it may report the same again
                 self._manager.close()
             raise
@@ -215,6 +214,7 @@ class Checkpointer:
             steps = []
             with contextlib.suppress(OSError):
                 steps = [found.step for found in self._names.find_all(self.directory) if found.step != self._pending]
+            self._pending = None  # so that closing does not fail anew, with a message that hides this one
             last = f"The last good one is {self._path(max(steps))}" if steps else "There is none before it"
             raise SaveError(
                 f"a checkpoint could not be written to {self.directory}: {storage.reason(error)}. {last}; "
