@@ -305,9 +305,7 @@ def test_hung_process_is_noticed(tmp_path):
     done = wait_for(processes)[0]
     assert done.returncode == 69
     assert "reporting.py" in done.stderr  # where every thread stood
-    assert re.search(
-        r"^error: process 0 made no progress in .*step \d+ for \d+ s, more than config.hang_timeout=15", done.stderr, re.M
-    )
+    assert re.match(r"error: process 0 made no progress in .* for \d+ s, more than hang_timeout=15", done.stderr.splitlines()[-1])
     assert max(checkpoints(tmp_path)) >= 100
 
 
