@@ -13,14 +13,6 @@ from absl import app, flags, logging
 from halonet_jax import errors
 from halonet_jax.runtime import distributed, stopping
 
-_COORDINATOR = flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; on TPU slices and under Slurm, found.")
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: this one alone.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-_PEER_TIMEOUT = flags.DEFINE_integer(
-    "peer_timeout", distributed.PEER_TIMEOUT, "Seconds without a sign of life after which a process counts as lost.", 1
-)
-
-
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -28,15 +20,31 @@ class UsageError(errors.UserError):
     """Flags that cannot be understood."""
 
 
+def define_flags() -> None:
+    """Defines the flags that all entries share: how several processes find one another."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; on TPU slices and under Slurm, found.")
+    flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: this one alone.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    help_text = "Seconds without a sign of life after which a process counts as lost."
+    flags.DEFINE_integer("peer_timeout", distributed.PEER_TIMEOUT, help_text, 1)
+
+
 def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) -> None:
-    """Parses flags, runs `main` and exits with its code, or with that of the failure (see `runtime.stopping`)."""
+    """Parses flags, runs `main` and exits with its code, or with that of the failure (see `runtime.stopping`).
+
+    Args:
+        main: the entry, whose flags are defined.
+        required_flags: names of flags without which it cannot run.
+    """
+    define_flags()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
             logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
             _quiet_orbax()
-        distributed.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _PEER_TIMEOUT.value)
+        f = flags.FLAGS
+        distributed.initialize(f.coordinator_address, f.num_processes, f.process_id, f.peer_timeout)
         return main()
 
     code = 0

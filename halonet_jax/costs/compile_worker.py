@@ -2,8 +2,8 @@
 
 python -m halonet_jax.costs.compile_worker SPEC.json OUT_FOLDER
 
-The spec holds `config` (as `config.to_json` writes it), `topology` with `topology_options`, `step` ("train" or "eval"),
-`num_classes` and `quick`. A quick compile ends once the compiler has assigned memory, before it generates machine code: that
+The spec holds `config` (as `config.to_json` writes it), `topology` with `topology_options`, `step` ("train" or "eval")
+and `quick`. A quick compile ends once the compiler has assigned memory, before it generates machine code: that
 takes a tenth of the time, and memory, FLOPs, bytes and collectives are known by then; estimated cycles are not. The folder
 gets `about.json` (sizes of the state), and from a compile that succeeds `program.txt` (the optimised program) and
 `result.json` (its memory).
@@ -31,7 +31,6 @@ if __name__ == "__main__":
         os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + f" --xla_dump_to={_out / 'dump'}"
 
 import jax  # noqa: E402  (after the variables above)
-import numpy as np  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
 from halonet_jax import config as config_lib  # noqa: E402
@@ -42,7 +41,7 @@ IMAGENET_TRAIN_IMAGES = 1_281_167
 EXIT_BAD_TOPOLOGY = 2
 
 
-def lower(config, topology: str, options: dict, step: str, num_classes: int):
+def lower(config, topology: str, options: dict, step: str):
     """The lowered step, its `Programs` and the topology's devices."""
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
@@ -51,14 +50,12 @@ def lower(config, topology: str, options: dict, step: str, num_classes: int):
         sys.exit(EXIT_BAD_TOPOLOGY)
     mesh = sharding.make_mesh(config.mesh.fsdp, devices)
     steps_per_epoch = IMAGENET_TRAIN_IMAGES / config.batch_size
+    definition = tasks.find(config)
+    task = definition.make_task(config, definition.expected_metadata(config))
     total_steps = max(1, round(config.num_epochs * steps_per_epoch), config.max_steps)
-    program = programs.make_programs(config, tasks.make_task(config, num_classes), mesh, total_steps, steps_per_epoch)
-    size, batch = config.data.image_size, config.batch_size
-    shapes = {"image": ((batch, size, size, 3), np.uint8), "label": ((batch,), np.int32)}
-    if step == "eval":
-        batch = config.eval_batch_size or batch
-        shapes = {"image": ((batch, size, size, 3), np.uint8), "label": ((batch,), np.int32), "mask": ((batch,), np.bool_)}
-    batch = program.abstract_batch({key: jax.ShapeDtypeStruct(*shape) for key, shape in shapes.items()})
+    program = programs.make_programs(config, task, mesh, total_steps, steps_per_epoch)
+    batch_size = config.batch_size if step == "train" else config.eval_batch_size or config.batch_size
+    batch = program.abstract_batch(task, batch_size, training=step == "train")
     if step == "train":
         traced = program.train_step.trace(program.abstract_state, batch)
     else:
@@ -115,9 +112,7 @@ def write(out: Path, text: str, result: dict) -> None:
 
 def main(spec: dict, out: Path) -> None:
     config = config_lib.from_json(json.dumps(spec["config"]))
-    lowered, program, devices = lower(
-        config, spec["topology"], spec["topology_options"], spec["step"], spec["num_classes"]
-    )  # fmt: skip
+    lowered, program, devices = lower(config, spec["topology"], spec["topology_options"], spec["step"])
     (out / "about.json").write_text(json.dumps(describe(program, devices)))
     if spec["quick"]:
         threading.Thread(target=exit_after_memory_assignment, args=(out,), daemon=True).start()

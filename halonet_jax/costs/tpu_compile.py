@@ -22,7 +22,6 @@ from halonet_jax.costs import chips, hlo, hlo_cost
 
 WORKER = Path(__file__).with_name("compile_worker.py")
 EXIT_BAD_TOPOLOGY = 2  # as the worker has it
-NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}  # of sources that state it; others count as ImageNet
 
 
 class CompileFailed(RuntimeError):
@@ -88,7 +87,6 @@ def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "
     chip = chips.topology(topology).chip
     spec = {
         "config": config.to_dict(), "topology": topology, "topology_options": chip.options, "step": step, "quick": quick,
-        "num_classes": NUM_CLASSES.get(config.data.name if config.data.source == "tfds" else config.data.source, 1000),
     }  # fmt: skip
     begin = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="compile_for_tpu_") as folder:

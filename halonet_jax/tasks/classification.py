@@ -1,4 +1,4 @@
-"""Image classification with label smoothing, mixup and cutmix."""
+"""Image classification with label smoothing, mixup and CutMix."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,38 @@ import ml_collections
 import optax
 
 from halonet_jax import config as config_lib
-from halonet_jax import models
+from halonet_jax import data, models
 from halonet_jax.tasks import mixing
 from halonet_jax.training.task import Task
+
+# Of sources that state it, for compile checks; others count as ImageNet.
+_NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}
+
+
+def open_source(config: ml_collections.ConfigDict, split: str, **options) -> data.Source:
+    """One split of the configured data; `options` are those of `halonet_jax.data.open_source`."""
+    data.randaugment.check_ops(config.data.randaugment_ops)
+    return data.open_source(config.data, split, **options)
+
+
+def metadata(config: ml_collections.ConfigDict, source: data.Source) -> dict:
+    """The class names of a source, and how evaluation prepares an image."""
+    return {"class_names": list(source.class_names), "preprocessing": _preprocessing(config)}
+
+
+def expected_metadata(config: ml_collections.ConfigDict) -> dict:
+    """As `metadata`, with numbered classes, for programs that are compiled without data."""
+    name = config.data.name if config.data.source == "tfds" else config.data.source
+    classes = range(_NUM_CLASSES.get(name, 1000))
+    return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
+
+
+def _preprocessing(config):
+    d = config.data
+    return {
+        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": "area, then bicubic",
+        "mean": list(d.mean), "std": list(d.std),
+    }  # fmt: skip
 
 
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> models.HaloNet:
@@ -16,34 +45,39 @@ def make_model(config: ml_collections.ConfigDict, num_classes: int) -> models.Ha
     return models.create(num_classes=num_classes, **config_lib.model_options(config))
 
 
-def make_task(config: ml_collections.ConfigDict, num_classes: int) -> Task:
+def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     """The task of a config. Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`.
 
-    Normalisation, mixup and cutmix run on the device. Evaluation sums are "count", "top1", "top5" (int32 numbers of
+    Normalisation, mixup and CutMix run on the device. Evaluation sums are "count", "top1", "top5" (int32 numbers of
     examples) and "loss" (cross-entropy without smoothing).
-    """
-    model, data = make_model(config, num_classes), config.data
 
-    def preprocess(images):
-        return mixing.normalize(images, data.mean, data.std, jnp.dtype(config.model.dtype))
+    Args:
+        config: the whole config.
+        metadata: as `metadata` gives it; its class names fix the width of the classifier.
+    """
+    num_classes, data_config = len(metadata["class_names"]), config.data
+    model = make_model(config, num_classes)
+
+    def normalize(images):
+        return mixing.normalize(images, data_config.mean, data_config.std, jnp.dtype(config.model.dtype))
 
     def init(rng):
-        size = data.image_size
+        size = data_config.image_size
         variables = model.init(rng, jnp.zeros((1, size, size, 3)), train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def loss(params, model_state, batch, rng):
         mix_rng, dropout_rng = jax.random.split(rng)
-        images, labels = preprocess(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
+        images, labels = normalize(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
-        images, labels = mixing.mix(mix_rng, images, labels, data.mixup_alpha, data.cutmix_alpha)
+        images, labels = mixing.mix(mix_rng, images, labels, data_config.mixup_alpha, data_config.cutmix_alpha)
         variables = {"params": params, "batch_stats": model_state}
         logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_rng})
         top1 = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, labels).mean(), (updates["batch_stats"], {"top1": top1})
 
     def predict(params, model_state, batch):
-        return model.apply({"params": params, "batch_stats": model_state}, preprocess(batch["image"]), train=False)
+        return model.apply({"params": params, "batch_stats": model_state}, normalize(batch["image"]), train=False)
 
     def metrics(logits, batch):
         mask, label = batch["mask"], batch["label"]
@@ -58,7 +92,13 @@ def make_task(config: ml_collections.ConfigDict, num_classes: int) -> Task:
             "loss": jnp.where(mask, cross_entropy, 0).sum(),
         }
 
-    def describe():
-        return model.describe(config.batch_size // config.optimizer.accumulation_steps, data.image_size, data.image_size)
+    def transform(training):
+        return data.ClassificationTransform(data_config, num_classes=num_classes, training=training)
 
-    return Task(init, loss, predict, metrics, describe)
+    def describe():
+        size = data_config.image_size
+        return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
+
+    return Task(
+        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe
+    )  # fmt: skip

@@ -3,15 +3,17 @@
 Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Batches are cut over both.
 """
 
-import collections
 import contextlib
 import os
+import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -73,39 +75,89 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 
 
 class DeviceBatches:
-    """Iterates over each host's share of a batch as global arrays cut over the mesh, placed `ahead` batches early.
+    """Context that reads batches in the background and gives them as global arrays cut over the mesh.
 
     Args:
-        batches: dicts of arrays `[local batch, ...]`; `num_corrupt` is read from it.
+        batches: a loader: an iterator over dicts of this process's rows, `[local batch, ...]`, with `close()` and `num_corrupt`
+            where it has them. It is closed at the end, in the background thread.
+        mesh: over which the batch axis is cut.
+        ahead: how many batches are placed on the devices early.
+        check: called while the next batch is waited for; what it raises ends the wait.
 
     Attributes:
-        seconds_waited: for the loader, since the last `pop_seconds_waited`.
-        num_corrupt: of the batches handed out so far.
+        num_corrupt: the loader's count, of the batches handed out so far.
     """
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2):
-        self.seconds_waited = 0.0
+    _POLL, _END = 0.1, 5.0  # seconds
+
+    def __init__(
+        self,
+        batches: Iterator[dict[str, np.ndarray]],
+        mesh: Mesh,
+        ahead: int = 2,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.num_corrupt = 0
-        self._batches, self._sharding, self._ahead = batches, NamedSharding(mesh, BATCH), ahead
-        self._queue = collections.deque()
+        self._seconds_waited = 0.0
+        self._batches, self._sharding, self._check = batches, NamedSharding(mesh, BATCH), check
+        self._queue, self._ended = queue.Queue(ahead), threading.Event()
+        self._thread = threading.Thread(target=self._read, name="halonet_jax batches", daemon=True)
+
+    def __enter__(self) -> "DeviceBatches":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # so that a full queue does not hold the thread
+                self._queue.get_nowait()
+        self._thread.join(self._END)
+        if self._thread.is_alive():
+            logging.warning("The data loader did not end within %d s; a disk or worker process hangs", self._END)
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        while self._fill():
-            batch, self.num_corrupt = self._queue.popleft()
+        while True:
+            batch, num_corrupt, error = self._next()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            self.num_corrupt = num_corrupt
             yield batch
 
     def pop_seconds_waited(self) -> float:
-        """Seconds that the host waited for the loader since the last call."""
-        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        """Seconds that the caller waited for a batch since the last call."""
+        seconds, self._seconds_waited = self._seconds_waited, 0.0
         return seconds
 
-    def _fill(self):
-        while len(self._queue) < self._ahead:
-            begin = time.monotonic()
-            batch = next(self._batches, None)
-            self.seconds_waited += time.monotonic() - begin
-            if batch is None:
-                break
-            put = {k: jax.make_array_from_process_local_data(self._sharding, v) for k, v in batch.items()}
-            self._queue.append((put, getattr(self._batches, "num_corrupt", 0)))
-        return self._queue
+    def _next(self):
+        begin = time.monotonic()
+        try:
+            while True:
+                try:
+                    return self._queue.get(timeout=self._POLL)
+                except queue.Empty:
+                    self._check()
+        finally:
+            self._seconds_waited += time.monotonic() - begin
+
+    def _read(self):
+        try:
+            for batch in self._batches:
+                placed = {k: jax.make_array_from_process_local_data(self._sharding, v) for k, v in batch.items()}
+                if not self._put((placed, getattr(self._batches, "num_corrupt", 0), None)):
+                    return
+            self._put((None, 0, None))
+        except BaseException as error:
+            self._put((None, 0, error))
+        finally:
+            if hasattr(self._batches, "close"):
+                self._batches.close()
+
+    def _put(self, item):
+        while not self._ended.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=self._POLL)
+                return True
+        return False

@@ -51,11 +51,23 @@ def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: 
 
 @jax.jit
 def fingerprint(state: Any) -> tuple[jax.Array, jax.Array]:
-    """Whether all arrays are finite, and a checksum of each leaf, uint32 `[leaves]`, in the order of `jax.tree.leaves`.
+    """Returns whether all arrays are finite, and a checksum of each.
 
-    The sums are of integers, so that they do not depend on how arrays are cut over devices.
+    The checksums are sums of integers, so that they do not depend on how arrays are cut over devices.
+
+    Args:
+        state: pytree of arrays of numbers or booleans, at least one.
+
+    Returns:
+        A boolean, and uint32 `[leaves]` in the order of `jax.tree.leaves`.
     """
     leaves = jax.tree.leaves(state)
-    words = lambda x: jax.lax.bitcast_convert_type(x, {2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
     finite = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
-    return finite, jnp.stack([words(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for x in leaves])
+    return finite, jnp.stack([_words(x).astype(jnp.uint32).sum(dtype=jnp.uint32) for x in leaves])
+
+
+def _words(x):
+    """The bits of an array as unsigned integers, of at most 32 bits each."""
+    if x.dtype == jnp.bool_:
+        return x
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))

@@ -1,11 +1,10 @@
-"""The train step and the evaluation pass, as pure functions over the state."""
+"""The train step and the evaluation step, as pure functions over the state."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from halonet_jax.training import sharding
@@ -77,7 +76,12 @@ def _gathered(params, mesh):
 
 
 def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callable[[Any, dict], dict]:
-    """`((params, model_state), batch) -> sums`, see `Task.metrics`; to be jitted. `mesh` as in `make_train_step`."""
+    """`((params, model_state), batch) -> Task.metrics's tree`, to be jitted with that tree on every device.
+
+    Args:
+        task: whose `predict` and `metrics` it runs.
+        mesh: as in `make_train_step`.
+    """
 
     def eval_step(weights, batch):
         params, model_state = weights
@@ -85,26 +89,3 @@ def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callabl
             return task.metrics(task.predict(_gathered(params, mesh), model_state, batch), batch)
 
     return eval_step
-
-
-def evaluate(eval_step: Callable, weights: dict[str, Any], batches: Iterable[dict]) -> dict[str, dict[str, float | int]]:
-    """One pass over `batches` for all of `weights`; returns the sums of each, exact where they are counts."""
-    totals = {name: {} for name in weights}
-
-    def add(sums):
-        for name, values in jax.device_get(sums).items():
-            for key, value in values.items():
-                totals[name][key] = totals[name].get(key, 0) + np.asarray(value).item()
-
-    previous = {}  # fetched only once the next batch is dispatched, so that the device never waits
-    for batch in batches:
-        sums = {name: eval_step(weight, batch) for name, weight in weights.items()}
-        add(previous)
-        previous = sums
-    add(previous)
-    return totals
-
-
-def means(sums: dict[str, float | int]) -> dict[str, float]:
-    """Sums over examples divided by their "count", which must not be 0."""
-    return {key: value / sums["count"] for key, value in sums.items() if key != "count"}

@@ -91,7 +91,9 @@ def settings(folder: str, randaugment: bool) -> SimpleNamespace:
 
 
 def ours(c):
-    return data.train_batches(data.open_source(c, c.train_split), c, batch_size=c.batch, seed=0)
+    source = data.open_source(c, c.train_split)
+    transform = data.ClassificationTransform(c, num_classes=len(source.class_names), training=True)
+    return data.train_batches(source, transform, c, batch_size=c.batch, seed=0)
 
 
 def tf_data(c):
