@@ -265,6 +265,8 @@ def _compiler_params(plan, backward):
 
 
 def _cost(plan, arrays, backward):
+    if not isinstance(arrays[0].shape[0], int):
+        return None  # a symbolic batch, whose cost is no number
     logits = arrays[0].shape[0] * plan.rows.blocks * plan.cols.blocks * plan.heads * plan.block_queries * plan.window
     key_lanes, value_lanes = (_round_up(n, LANES) for n in (plan.key_lanes, plan.value_lanes))
     products = 3 * key_lanes + 2 * value_lanes if backward else key_lanes + value_lanes
