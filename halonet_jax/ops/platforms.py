@@ -1,8 +1,8 @@
 """The platform that a program is for, and kernels over several devices.
 
 A program may be traced on one machine and run on another. Where a mesh is set, with `jax.set_mesh` or
-`jax.sharding.use_abstract_mesh`, its devices are those that the program is for. Where no mesh is set, nobody knows them
-while the program is traced: JAX picks the code for each platform when it lowers the program. `jax.export` can lower one
+`jax.sharding.use_abstract_mesh`, the program is for the mesh's devices. Without a mesh, the platform is unknown while the
+program is traced. JAX then picks the code for each platform when it lowers the program, and `jax.export` can lower one
 program for several platforms.
 """
 
@@ -33,29 +33,34 @@ def device() -> Any:
     return found if hasattr(found, "platform") else jax.local_devices(backend=default)[0]
 
 
-def by_platform(*arrays: Any, default: Callable, **branches: Callable) -> Any:
+def by_platform(*arrays: Any, default: Callable, **functions: Callable) -> Any:
     """Calls the function for the platform that the program is for.
 
-    With a mesh, the choice is made here. Without one, all functions are traced, and the choice is made when the program is
-    lowered, once for each platform that it is lowered for. All functions must return arrays of the same shapes and dtypes.
+    With a mesh, or outside of `jax.jit`, only that function is called. Otherwise all functions are traced, and the choice is
+    made when the program is lowered, for each platform that it is lowered for.
 
     Args:
         *arrays: what the functions are called with; trees of arrays too.
         default: the function for platforms that have none of their own.
-        **branches: functions by platform, "cpu" or "tpu".
+        **functions: functions by platform: "cpu", "gpu" or "tpu". All functions return arrays of the same shapes and dtypes.
 
     Returns:
         What the function returns.
     """
     target = mesh_device()
     if target is not None:
-        return branches.get(target.platform, default)(*arrays)
-    return jax.lax.platform_dependent(*arrays, **branches, default=default)
+        return functions.get(target.platform, default)(*arrays)
+    if "gpu" in functions:
+        functions["cuda"] = functions["rocm"] = functions.pop("gpu")
+    functions = {name: function for name, function in functions.items() if function != default}
+    if not functions:
+        return default(*arrays)
+    return jax.lax.platform_dependent(*arrays, **functions, default=default)
 
 
 def per_device(
-    run: Callable, arrays: tuple, results: int, platform: str, whole: tuple[int, ...] = (), interpret: bool = True
-) -> Any:
+    run: Callable, arrays: tuple, results: Callable, platform: str, whole: tuple[int, ...] = (), interpret: bool = True
+) -> list[jax.Array]:
     """Runs a kernel on each device's part of the batch.
 
     XLA cannot cut a kernel over devices as it cuts other operations. The cut is made here, over all axes of the mesh that
@@ -63,32 +68,28 @@ def per_device(
     it on several TPUs. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52 does not support it.)
 
     Args:
-        run: the kernel; `run(interpret, *arrays)` returns a sequence of arrays.
+        run: the kernel; `run(interpret, *arrays)` returns a tuple of arrays.
         arrays: its inputs. The batch is the first axis of each, except of those in `whole`.
-        results: number of arrays that `run` returns. The batch is the first axis of each.
+        results: `results(*arrays)` returns the shapes and dtypes of what `run` returns, as a sequence of
+            `jax.ShapeDtypeStruct`. The batch is the first axis of each.
         platform: where the kernel is compiled, "cuda" or "tpu".
         whole: indices of the arrays that every device gets whole.
-        interpret: whether the kernel is interpreted on other platforms. False: the caller promises that the result is not
-            used there; it is zeros, which keeps a program for several platforms small.
+        interpret: whether the kernel is interpreted on other platforms. False: the caller never uses the result there; it
+            is zeros, which keeps a program for several platforms small.
 
     Returns:
         The arrays that `run` returns.
     """
+    call = functools.partial(_kernel_p.bind, run=run, results=results, platform=platform, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return _kernel_p.bind(*arrays, run=run, platform=platform, interpret=interpret)
-
-    def call(*arrays):
-        compiled, interpreted = (functools.partial(run, interpret) for interpret in (False, True))
-        return jax.lax.platform_dependent(*arrays, **{platform: compiled}, default=interpreted)
-
     axes = cut_axes(mesh)
     devices = math.prod(mesh.shape[name] for name in axes)
     if devices == 1 or arrays[0].shape[0] % devices:
         return call(*arrays)
     specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
+    out_specs = [P(axes)] * len(results(*arrays))
     # Kernels do not say over which axes their results vary.
-    return jax.shard_map(call, in_specs=specs, out_specs=(P(axes),) * results, axis_names=set(axes), check_vma=False)(*arrays)
+    return jax.shard_map(call, in_specs=specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)(*arrays)
 
 
 def cut_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
@@ -100,45 +101,42 @@ def cut_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
-# A kernel without a mesh. `jax.lax.platform_dependent` would not do: in a program for several platforms, it lowers the code
-# of each platform for all of them, and Pallas refuses to lower a compiled kernel for a CPU. A primitive's lowering rule is
-# called for its own platform alone.
+# A kernel is a primitive, because each platform lowers a primitive by a rule of its own. `jax.lax.platform_dependent` alone
+# would not do: in a program for several platforms it lowers every branch for all of them, and Pallas refuses to lower a
+# compiled kernel for a CPU.
 
 _kernel_p = Primitive("halo_attention_kernel")
 _kernel_p.multiple_results = True
 
 
 @_kernel_p.def_impl
-def _run_now(*arrays, run, platform, interpret):
-    compiled, interpreted = (functools.partial(run, interpret) for interpret in (False, True))
-    return jax.lax.platform_dependent(*arrays, **{platform: compiled}, default=interpreted)
+def _run(*arrays, run, results, platform, interpret):
+    def zeros(*arrays):
+        return tuple(jax.numpy.zeros(x.shape, x.dtype) for x in results(*arrays))
+
+    elsewhere = functools.partial(run, True) if interpret else zeros
+    return jax.lax.platform_dependent(*arrays, **{platform: functools.partial(run, False)}, default=elsewhere)
 
 
 @_kernel_p.def_abstract_eval
-def _shapes(*avals, run, platform, interpret):
-    del platform, interpret
-    arrays = (jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals)
-    return [jax.core.ShapedArray(x.shape, x.dtype) for x in jax.eval_shape(functools.partial(run, True), *arrays)]
+def _shapes(*arrays, run, results, platform, interpret):
+    del run, platform, interpret
+    return [jax.core.ShapedArray(x.shape, x.dtype) for x in results(*arrays)]
 
 
-def _lower(context, *values, run, platform, interpret, here=""):
-    def zeros(*arrays):
-        return [jax.numpy.zeros(x.shape, x.dtype) for x in jax.eval_shape(functools.partial(run, True), *arrays)]
+def _batch(arrays, axes, *, run, results, **rest):
+    """Under `jax.vmap`: the kernel's own batching rule, through another kernel."""
 
-    if here == platform or interpret:
-        return mlir.lower_fun(functools.partial(run, here != platform))(context, *values)
-    return mlir.lower_fun(zeros)(context, *values)
+    def batched_run(interpret, *arrays):
+        return jax.vmap(functools.partial(run, interpret), in_axes=axes)(*arrays)
 
+    def batched_results(*arrays):
+        return jax.eval_shape(functools.partial(batched_run, True), *arrays)
 
-def _batch(arrays, dims, *, run, platform, interpret):
-    def mapped(interpret, *arrays):
-        return jax.vmap(functools.partial(run, interpret), in_axes=dims)(*arrays)
-
-    results = _kernel_p.bind(*arrays, run=mapped, platform=platform, interpret=interpret)
-    return results, [0] * len(results)
+    out = _kernel_p.bind(*arrays, run=batched_run, results=batched_results, **rest)
+    return out, [0] * len(out)
 
 
-mlir.register_lowering(_kernel_p, _lower)
-for _platform in ("cuda", "tpu"):
-    mlir.register_lowering(_kernel_p, functools.partial(_lower, here=_platform), platform=_platform)
 batching.primitive_batchers[_kernel_p] = _batch
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(_kernel_p, mlir.lower_fun(_run), platform=_platform)

@@ -16,23 +16,27 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from halonet_jax.ops import tpu_kernels as kernels
-from halonet_jax.ops.per_device import device, per_device
+from halonet_jax.ops.platforms import device, per_device
 from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Axis, Plan
 
 VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
-    """See `halo_attention` for the contract. Off TPU, the kernels are interpreted: right, and slow.
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
+    """Attends as `reference.attend` does, by kernels. On platforms other than TPU they are interpreted: correct, but slow.
+
+    Args:
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of `reference.attend`.
+        interpret: False: the result is zeros on platforms other than TPU, for callers that do not use it there.
 
     Raises:
-        ValueError: for what `unsupported` gives a reason against.
+        ValueError: `unsupported` gives a reason.
     """
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
-    if device().platform != "tpu":
+    if interpret and device().platform != "tpu":
         warnings.warn('implementation="pallas" is interpreted on this device, which is slow; use "auto"', stacklevel=3)
     plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
     tables = jnp.stack([
@@ -40,7 +44,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         _lay_table(plan, rel_cols, plan.cols, block_size, halo_size, plan.channels - rel_cols.shape[1]),
     ])  # fmt: skip
     inputs = _lay_queries(plan, q), _lay_pixels(plan, k), _lay_pixels(plan, _group_values(plan, v)), tables
-    out = _attend(plan, *(x.astype(plan.dtype) for x in inputs))
+    out = _attend(plan, interpret, *(x.astype(plan.dtype) for x in inputs))
     return _unlay_out(plan, out, q.shape).astype(v.dtype)
 
 
@@ -176,39 +180,48 @@ def _codes(plan):
 # The operator on laid-out arrays, and its gradient.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, tables):
-    return _attend_forward(plan, q, k, v, tables)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, interpret, q, k, v, tables):
+    return _attend_forward(plan, interpret, q, k, v, tables)[0]
 
 
-def _attend_forward(plan, q, k, v, tables):
-    arrays = q, k, v, tables, _shifts(plan)
-    out, lse = per_device(functools.partial(_run_forward, plan), arrays, 2, "tpu", whole=(3, 4))
+def _attend_forward(plan, interpret, q, k, v, tables):
+    run, shapes = (functools.partial(f, plan) for f in (_run_forward, _forward_shapes))
+    out, lse = per_device(run, (q, k, v, tables, _shifts(plan)), shapes, "tpu", whole=(3, 4), interpret=interpret)
     return out, (q, k, v, tables, lse)
 
 
-def _attend_backward(plan, kept, dout):
+def _attend_backward(plan, interpret, kept, dout):
     q, k, v, tables, lse = kept
+    run, shapes = (functools.partial(f, plan) for f in (_run_backward, _backward_shapes))
     arrays = q, k, v, tables, _shifts(plan), _codes(plan), lse, dout
-    dq, dk, dv, dtables = per_device(functools.partial(_run_backward, plan), arrays, 4, "tpu", whole=(3, 4, 5))
+    dq, dk, dv, dtables = per_device(run, arrays, shapes, "tpu", whole=(3, 4, 5), interpret=interpret)
     return dq, dk, dv, dtables.sum((0, 1)).astype(plan.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _forward_shapes(plan, q, k, v, *_):
+    lse = q.shape[0], plan.chunks, plan.cols.blocks, plan.rows.blocks, plan.groups, plan.stacked
+    return jax.ShapeDtypeStruct(q.shape[:-1] + v.shape[-1:], v.dtype), jax.ShapeDtypeStruct(lse, jnp.float32)
+
+
+def _backward_shapes(plan, q, k, v, tables, *_):
+    dtables = jax.ShapeDtypeStruct((q.shape[0], plan.chunks, *tables.shape), jnp.float32)
+    return *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), dtables
+
+
 def _run_forward(plan, interpret, q, k, v, tables, shifts):
     lookahead = int(plan.cols.halo > 0)
     ahead, here = (_columns(plan, lag) for lag in (0, lookahead))
-    out = jax.ShapeDtypeStruct(q.shape[:-1] + v.shape[-1:], v.dtype)
-    lse_shape = q.shape[0], plan.chunks, plan.cols.blocks, plan.rows.blocks, plan.groups, plan.stacked
-    lse = jax.ShapeDtypeStruct(lse_shape, jnp.float32)
+    out, lse = shapes = _forward_shapes(plan, q, k, v)
     return pl.pallas_call(
         functools.partial(kernels.forward_kernel, plan),
         grid=(q.shape[0], plan.chunks, plan.cols.blocks + lookahead),
         in_specs=[here(q), ahead(k), ahead(v), _whole(tables), _whole(shifts)],
         out_specs=[here(out), _lse_columns(plan, lookahead)],
-        out_shape=[out, lse],
+        out_shape=shapes,
         scratch_shapes=kernels.scratch_shapes(plan, False),
         compiler_params=_compiler_params(plan, False),
         cost_estimate=_cost(plan, (q, k, v, tables, out, lse), backward=False),
@@ -220,7 +233,7 @@ def _run_forward(plan, interpret, q, k, v, tables, shifts):
 def _run_backward(plan, interpret, q, k, v, tables, shifts, codes, lse, dout):
     lookahead = int(plan.cols.halo > 0)
     ahead, here, behind = (_columns(plan, lag) for lag in (0, lookahead, 2 * lookahead))
-    dtables = jax.ShapeDtypeStruct((q.shape[0], plan.chunks, *tables.shape), jnp.float32)
+    *_, dtables = shapes = _backward_shapes(plan, q, k, v, tables)
     return pl.pallas_call(
         functools.partial(kernels.backward_kernel, plan),
         grid=(q.shape[0], plan.chunks, plan.cols.blocks + 2 * lookahead),
@@ -228,7 +241,7 @@ def _run_backward(plan, interpret, q, k, v, tables, shifts, codes, lse, dout):
             here(q), ahead(k), ahead(v), _whole(tables), _whole(shifts), _whole(codes), _lse_columns(plan, lookahead), here(dout),
         ],
         out_specs=[here(q), behind(k), behind(v), pl.BlockSpec((None, None, *tables.shape), lambda n, c, s: (n, c, 0, 0, 0))],
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), dtables],
+        out_shape=shapes,
         scratch_shapes=kernels.scratch_shapes(plan, True),
         compiler_params=_compiler_params(plan, True),
         cost_estimate=_cost(plan, (q, q, k, k, v, v, dout, tables, lse, dtables), backward=True),
