@@ -80,14 +80,16 @@ def per_device(
     Returns:
         The arrays that `run` returns.
     """
-    call = functools.partial(_kernel_p.bind, run=run, results=results, platform=platform, interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
+    # A program with a mesh is for one platform and needs no primitive.
+    call = functools.partial(_kernel_p.bind, interpret=interpret) if mesh.empty else functools.partial(_run, interpret=True)
+    call = functools.partial(call, run=run, results=results, platform=platform)
     axes = cut_axes(mesh)
     devices = math.prod(mesh.shape[name] for name in axes)
     if devices == 1 or arrays[0].shape[0] % devices:
         return call(*arrays)
     specs = tuple(P() if n in whole else P(axes) for n in range(len(arrays)))
-    out_specs = [P(axes)] * len(results(*arrays))
+    out_specs = (P(axes),) * len(results(*arrays))
     # Kernels do not say over which axes their results vary.
     return jax.shard_map(call, in_specs=specs, out_specs=out_specs, axis_names=set(axes), check_vma=False)(*arrays)
 
