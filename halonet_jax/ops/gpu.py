@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from halonet_jax.ops import gpu_kernels as kernels
-from halonet_jax.ops.gpu_kernels import Axis, Plan, Tiles
+from halonet_jax.ops.geometry import make_axes
+from halonet_jax.ops.gpu_kernels import Plan, Tiles
 from halonet_jax.ops.platforms import per_device
 
 MAX_CHANNELS = 256  # of queries or values: what a program can hold
@@ -55,30 +56,24 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
             return f"{name} is {x.dtype}, not float32 or bfloat16"
         if x.shape[-1] > MAX_CHANNELS:
             return f"{name} has {x.shape[-1]} channels per head, more than {MAX_CHANNELS}"
-    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in k.shape[1:3])
+    rows, cols = make_axes(
+        k.shape, block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked
+    )
     if rows.keys + cols.keys > 256:
         return f"windows of {rows.keys} x {cols.keys} keys have more than 256 rows and columns"
     return None
 
 
-def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:
+def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
     """Chooses how the work is cut."""
-    height, width, heads, channels = k.shape[1:]
-    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in (height, width))
+    heads, channels = k.shape[3:]
+    rows, cols = make_axes(k.shape, **options)
     dtype = jnp.result_type(q.dtype, k.dtype, v.dtype)
     forward, dq, dkv, patch = _tiles(rows, cols, channels, v.shape[-1], dtype.itemsize)
     return Plan(
-        rows=rows, cols=cols, stride=stride, heads=heads, channels=channels, values=v.shape[-1],
-        offsets=2 * block_size + 2 * halo_size - 1, center=block_size - 1 + halo_size, reach=halo_size if centered else None,
-        masked=masked, scale=float(logits_scale), dtype=dtype.name, forward=forward, dq=dq, dkv=dkv, patch=patch,
+        rows=rows, cols=cols, heads=heads, channels=channels, values=v.shape[-1], offsets=2 * rows.center + 1,
+        scale=float(logits_scale), dtype=dtype.name, forward=forward, dq=dq, dkv=dkv, patch=patch,
     )  # fmt: skip
-
-
-def _axis(size, block, halo, stride, masked):
-    outputs = pl.cdiv(size, stride)
-    if masked and block >= size:  # Blocks that exceed the map shrink to it, since masked keys change nothing.
-        block, halo = outputs * stride, 0
-    return Axis(size, pl.cdiv(size, block), block, halo, pl.cdiv(block, stride), outputs)
 
 
 # Speed only. Products and tiles want at least 16 on each side, and powers of two.
