@@ -30,7 +30,7 @@ EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
 # What a program for TPU depends on, with the recipe; reading data, logging, checkpoints, other devices' attention do not count.
 SOURCES = (
     "config.py", "models/halonet.py", "models/layers.py", "models/variants.py", "ops/halo_attention.py", "ops/tpu_kernels.py",
-    "ops/tpu.py", "ops/platforms.py", "ops/selection.py", "ops/einsum.py", "ops/geometry.py", "tasks/classification.py", "training/step.py",
+    "ops/tpu.py", "ops/per_device.py", "ops/selection.py", "ops/einsum.py", "tasks/classification.py", "training/step.py",
     "training/optimizer.py", "training/programs.py", "training/sharding.py", "training/state.py",
 )  # fmt: skip
 
