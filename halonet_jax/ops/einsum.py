@@ -8,45 +8,21 @@ the neighbourhood, keys by one-hot codes of their row and column, so that
 Masks are separable per axis and ride along in the row and column logits, at no cost in the product.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Finite, so that masking by a row and a column at once, times the scale, stays finite: queries that pad the map see no key.
-MASKED = np.float32(-1e30)
+from halonet_jax.ops.geometry import make_axes
 
 
-class Axis(NamedTuple):
-    """Geometry of one map axis. Blocks that exceed the map shrink to it, since masked keys change nothing."""
-
-    blocks: int  # number of blocks
-    block: int  # pixels per block
-    halo: int
-    queries: int  # per block
-    table_index: np.ndarray  # [queries, keys] rows of the relative table
-    bias: np.ndarray  # [blocks, queries, keys] float32, 0 where seen, MASKED where not
-
-    @property
-    def keys(self):
-        return self.block + 2 * self.halo
-
-    def pad(self, size):
-        return self.halo, self.blocks * self.block - size + self.halo
-
-
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+def attend(q, k, v, rel_rows, rel_cols, *, logits_scale, **options):
     """See `halo_attention` for the contract."""
-    batch, height, width, heads, channels = k.shape
-    rows = make_axis(height, block_size, halo_size, stride, centered, masked)
-    cols = make_axis(width, block_size, halo_size, stride, centered, masked)
-    pad = ((0, 0), rows.pad(height), cols.pad(width), (0, 0), (0, 0))
-    k, v = jnp.pad(k, pad), jnp.pad(v, pad)
+    batch, _, _, heads, channels = k.shape
+    rows, cols = make_axes(k.shape, **options)
+    k, v = (jnp.pad(x, ((0, 0), rows.key_padding, cols.key_padding, (0, 0), (0, 0))) for x in (k, v))
 
-    q_height, q_width = q.shape[1:3]
-    pad = ((0, 0), (0, rows.blocks * rows.queries - q_height), (0, cols.blocks * cols.queries - q_width), (0, 0), (0, 0))
-    q = jnp.pad(q, pad).reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
+    q = jnp.pad(q, ((0, 0), rows.query_padding, cols.query_padding, (0, 0), (0, 0)))
+    q = q.reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
     q = q.transpose(1, 0, 3, 5, 2, 4, 6)  # [I, B, J, N, Y, X, D]
 
     tables = rel_rows.astype(q.dtype)[rows.table_index], rel_cols.astype(q.dtype)[cols.table_index]  # [Y, R, D], [X, S, D]
@@ -66,7 +42,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         out = jax.lax.map(jax.checkpoint(attend_row, prevent_cse=False), row_args)
     out = out.transpose(1, 0, 4, 2, 5, 3, 6)  # [I, B, J, N, Y, X, E] -> [B, I, Y, J, X, N, E]
     out = out.reshape(batch, rows.blocks * rows.queries, cols.blocks * cols.queries, heads, v.shape[-1])
-    return out[:, :q_height, :q_width]
+    return out[:, : rows.outputs, : cols.outputs]
 
 
 def _attend_blocks(q, k, v, rel_rows, rel_cols, row_bias, col_bias, logits_scale):
@@ -96,25 +72,6 @@ def _attend_blocks(q, k, v, rel_rows, rel_cols, row_bias, col_bias, logits_scale
     # Dividing the output rather than the weights spares a pass over the largest array.
     out = jnp.einsum("bjnqk,bjnke->bjnqe", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total
     return out.astype(v.dtype).reshape(*out.shape[:3], *queries_shape, out.shape[-1])
-
-
-def make_axis(size, block, halo, stride, centered, masked):
-    """One map axis, for `einsum_cpu` too."""
-    table_center = block - 1 + halo
-    reach = halo
-    if masked and block >= size:
-        block, halo = -(-size // stride) * stride, 0
-    blocks = -(-size // block)
-    queries = np.arange(0, block, stride)[:, None]
-    keys = np.arange(-halo, block + halo)
-    offsets = keys - queries  # [Y, R]
-    hidden = np.zeros((blocks, *offsets.shape), bool)
-    if masked:
-        positions = keys + block * np.arange(blocks)[:, None]
-        hidden |= ((positions < 0) | (positions >= size))[:, None]
-    if centered:
-        hidden |= abs(offsets) > reach
-    return Axis(blocks, block, halo, len(queries), offsets + table_center, np.where(hidden, MASKED, np.float32(0)))
 
 
 def _windows(x, cols):

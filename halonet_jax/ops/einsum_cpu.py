@@ -11,26 +11,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from halonet_jax.ops import einsum
+from halonet_jax.ops.geometry import make_axes
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+def attend(q, k, v, rel_rows, rel_cols, *, logits_scale, **options):
     """See `halo_attention` for the contract."""
-    batch, height, width, heads, channels = k.shape
-    rows = einsum.make_axis(height, block_size, halo_size, stride, centered, masked)
-    cols = einsum.make_axis(width, block_size, halo_size, stride, centered, masked)
-    q_height, q_width = q.shape[1:3]
-    pad = ((0, 0), (0, rows.blocks * rows.queries - q_height), (0, cols.blocks * cols.queries - q_width), (0, 0), (0, 0))
-    q = jnp.pad(q, pad).reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
+    batch, _, _, heads, channels = k.shape
+    rows, cols = make_axes(k.shape, **options)
+    q = jnp.pad(q, ((0, 0), rows.query_padding, cols.query_padding, (0, 0), (0, 0)))
+    q = q.reshape(batch, rows.blocks, rows.queries, cols.blocks, cols.queries, heads, channels)
     q = q.transpose(5, 1, 0, 3, 2, 4, 6)  # [N, I, B, J, Y, X, D]
 
     tables = (table.astype(q.dtype)[axis.table_index] for table, axis in ((rel_rows, rows), (rel_cols, cols)))
-    pad = ((0, 0), rows.pad(height), cols.pad(width), (0, 0), (0, 0))
+    pad = ((0, 0), rows.key_padding, cols.key_padding, (0, 0), (0, 0))
     k, v = (jnp.pad(x, pad).transpose(3, 0, 1, 2, 4) for x in (k, v))  # [N, B, H + 2h, W + 2h, D or E]
     out = _Attention(rows, cols, logits_scale)(q, k, v, *tables)
     out = out.reshape(*out.shape[:5], rows.queries, cols.queries)
     out = out.transpose(2, 1, 5, 3, 6, 0, 4)  # [N, I, B, J, E, Y, X] -> [B, I, Y, J, X, N, E]
-    return out.reshape(batch, rows.blocks * rows.queries, cols.blocks * cols.queries, heads, -1)[:, :q_height, :q_width]
+    return out.reshape(batch, rows.blocks * rows.queries, cols.blocks * cols.queries, heads, -1)[:, : rows.outputs, : cols.outputs]
 
 
 class _Attention:

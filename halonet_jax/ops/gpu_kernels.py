@@ -17,27 +17,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
+from halonet_jax.ops.geometry import Axis
+
 try:
     from jax.experimental.pallas import triton as plgpu
 except ImportError:  # JAX 0.12 announces that it will go
     plgpu = None
 
 LOG2_E = math.log2(math.e)
-
-
-class Axis(NamedTuple):
-    """Geometry of one map axis."""
-
-    size: int  # pixels of the map
-    blocks: int
-    block: int  # pixels per block
-    halo: int
-    queries: int  # per block
-    outputs: int  # queries on the map
-
-    @property
-    def keys(self):
-        return self.block + 2 * self.halo
 
 
 class Tiles(NamedTuple):
@@ -60,14 +47,10 @@ class Plan(NamedTuple):
 
     rows: Axis
     cols: Axis
-    stride: int
     heads: int
     channels: int
     values: int
     offsets: int  # rows of a relative table, T
-    center: int  # the row for offset 0
-    reach: int | None  # keys farther from the query are masked
-    masked: bool  # whether keys outside of the map are masked
     scale: float
     dtype: str
     forward: Tiles
@@ -241,7 +224,7 @@ def _queries(plan, tiles, i, j, tile):
     pixels, inside = _pixels(row, col, plan.rows.outputs, plan.cols.outputs)
     inside &= y < plan.rows.queries
     # Others lie beyond the map's end in memory: where kernels are interpreted, a masked store must not hit another's pixel.
-    return y * plan.stride, x * plan.stride, jnp.where(inside, pixels, plan.rows.outputs * plan.cols.outputs), inside
+    return y * plan.rows.stride, x * plan.cols.stride, jnp.where(inside, pixels, plan.rows.outputs * plan.cols.outputs), inside
 
 
 def _window_keys(plan, tiles, i, j, n):
@@ -299,7 +282,7 @@ def _grid(ref, pixels, inside):
 
 def _first_offsets(plan, y, x):
     """Where the window's offsets begin among those of rows and of columns, for each query."""
-    return plan.center - plan.rows.halo - y, plan.center - plan.cols.halo - x
+    return plan.rows.center - plan.rows.halo - y, plan.cols.center - plan.cols.halo - x
 
 
 def _window_offsets(plan, y, x, pixels):
@@ -322,12 +305,12 @@ def _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside):
     r, s = code, code - plan.rows.keys
 
     def add_row(n, logits):
-        table = _load(tables_ref, r + plan.center - plan.rows.halo - n * plan.stride, is_row)
-        return jnp.where((y == n * plan.stride)[:, None], _dot(q, table, 1, 1), logits)
+        table = _load(tables_ref, r + plan.rows.center - plan.rows.halo - n * plan.rows.stride, is_row)
+        return jnp.where((y == n * plan.rows.stride)[:, None], _dot(q, table, 1, 1), logits)
 
     def add_col(n, logits):
-        table = _load(tables_ref, s + plan.offsets + plan.center - plan.cols.halo - n * plan.stride, is_col)
-        return jnp.where((x == n * plan.stride)[:, None], logits + _dot(q, table, 1, 1), logits)
+        table = _load(tables_ref, s + plan.offsets + plan.cols.center - plan.cols.halo - n * plan.cols.stride, is_col)
+        return jnp.where((x == n * plan.cols.stride)[:, None], logits + _dot(q, table, 1, 1), logits)
 
     first, _ = _divmod(tile * tiles.queries, plan.cols.queries)
     last, _ = _divmod(tile * tiles.queries + tiles.queries - 1, plan.cols.queries)
@@ -335,14 +318,14 @@ def _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside):
     logits = lax.fori_loop(first, jnp.minimum(last + 1, plan.rows.queries), add_row, logits)
     logits = lax.fori_loop(0, plan.cols.queries, add_col, logits)
 
-    if plan.masked:
+    if plan.rows.masked:
         row, col = i * plan.rows.block - plan.rows.halo + r, j * plan.cols.block - plan.cols.halo + s
         is_row &= (row >= 0) & (row < plan.rows.size)
         is_col &= (col >= 0) & (col < plan.cols.size)
     seen = inside[:, None] & (is_row | is_col)[None]
-    if plan.reach is not None:
+    if plan.rows.reach is not None:
         distance = jnp.where(is_row[None], (r - plan.rows.halo)[None] - y[:, None], (s - plan.cols.halo)[None] - x[:, None])
-        seen &= abs(distance) <= plan.reach
+        seen &= abs(distance) <= plan.rows.reach
     return jnp.where(seen, logits, plan.masked_logit)
 
 

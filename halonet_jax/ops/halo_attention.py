@@ -1,5 +1,6 @@
 """The contract of blocked local self-attention with haloing (HaloNet, arXiv 2103.12731, sections 2-3)."""
 
+import functools
 import numbers
 from collections.abc import Callable
 
@@ -78,8 +79,10 @@ def halo_attention(
     options = dict(
         block_size=block_size, halo_size=halo_size, stride=stride, centered=window == "centered", masked=padding == "mask"
     )
-    if not callable(implementation):
-        implementation = selection.function(implementation, q, k, v, **options)
+    if implementation == "reference":
+        implementation = reference.attend
+    elif not callable(implementation):
+        implementation = functools.partial(selection.attend, implementation=implementation)
     if block_size % stride == 0 or implementation is reference.attend:
         return implementation(q, k, v, rel_rows, rel_cols, **options, logits_scale=logits_scale)
     # Blocks hold unequal numbers of queries: attend from every pixel, then keep every stride-th.

@@ -22,23 +22,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-# Finite, so that masking by a row and a column at once, times the scale, stays finite.
-MASKED = -1e30
+from halonet_jax.ops.geometry import MASKED, Axis
+
 LANES, SUBLANES = 128, 8
-
-
-class Axis(NamedTuple):
-    """One map axis, as the kernels see it."""
-
-    size: int  # pixels of the map
-    blocks: int
-    block: int  # pixels per block
-    halo: int  # at most `block`
-    queries: int  # per block
-
-    @property
-    def keys(self):
-        return self.block + 2 * self.halo
 
 
 class Plan(NamedTuple):
@@ -55,8 +41,6 @@ class Plan(NamedTuple):
         query_rows, query_cols: a block's queries are so many rows of whole sublanes: its pixels if their columns fill sublanes,
             else all pixels flat in one row, padded.
         offsets: rows of the tables, padded to whole sublanes.
-        reach: keys farther than this along an axis are masked; None: no such mask.
-        masked: keys outside of the map take no part.
         scale: of the logits.
         dtype: name of q, k and v's dtype; matrix products take it, all else is float32.
     """
@@ -73,8 +57,6 @@ class Plan(NamedTuple):
     query_rows: int
     query_cols: int
     offsets: int
-    reach: int | None
-    masked: bool
     scale: float
     dtype: str
 
@@ -322,11 +304,11 @@ def _position_logits(plan, q, table, shift, axis, index, keys):
     logits = _shift(plan, _dot(table, q, 1, 1), shift, axis.block)[:keys]
     key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     seen = key < axis.keys
-    if plan.masked:
+    if axis.masked:
         position = key + (index * axis.block - axis.halo)
         seen &= (position >= 0) & (position < axis.size)
-    if plan.reach is not None:
-        seen &= jnp.abs(key - (axis.halo + axis.block - 1) + shift) <= plan.reach
+    if axis.reach is not None:
+        seen &= jnp.abs(key - (axis.halo + axis.block - 1) + shift) <= axis.reach
     return jnp.where(seen, logits, MASKED)
 
 
