@@ -1,14 +1,16 @@
 """Every knob of a run: key, default, allowed values, unit, source and meaning, in one table for each section.
 
 Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--config.data.image_size=224`. The knobs of
-the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` states only what differs from here.
+the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
 Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
 an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
 
-Sources: PAPER, arXiv 2103.12731 states it (section 4 and appendix, for training on ImageNet from scratch); IMPLIED, the
-paper has the technique and leaves the value open; OPEN, the paper is silent and the value is our choice; OURS, the knob
-concerns this program and not the paper.
+Sources:
+- PAPER: arXiv 2103.12731 states the value (section 4 and appendix, for training on ImageNet from scratch).
+- IMPLIED: the paper uses the technique but does not state the value.
+- OPEN: the paper says nothing; the value is our choice.
+- OURS: the knob concerns this program, not the paper.
 """
 
 from collections.abc import Mapping
@@ -33,12 +35,12 @@ class Knob(NamedTuple):
 
     Attributes:
         key: its name within the section.
-        default: its value where a recipe says nothing. None: as the model variant has it.
+        default: the value unless a recipe sets another. None: the model variant sets it.
         allowed: the rule that values obey.
         unit: of the value; "" where it has no unit.
-        source: PAPER, IMPLIED, OPEN or OURS, see above.
+        source: PAPER, IMPLIED, OPEN or OURS, as explained at the top of this module.
         meaning: what it does.
-        example: a value for error messages to propose, where the default is no help.
+        example: a value that error messages propose. None: they propose the default.
     """
 
     key: str
@@ -165,7 +167,7 @@ SECTIONS: Mapping[str, tuple[Knob, ...]] = {
 
 
 def build(sections: Mapping[str, tuple[Knob, ...]] = SECTIONS) -> ml_collections.ConfigDict:
-    """Returns a locked config with every knob of `sections` at its default.
+    """Returns a locked config in which every knob of `sections` has its default.
 
     Args:
         sections: the tables by section name, "" for the knobs without a section.

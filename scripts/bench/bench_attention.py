@@ -43,11 +43,11 @@ _SIZE = flags.DEFINE_integer("map_size", 0, "Pixels a side of the maps instead o
 DIRECTIONS = ("forward", "forward + backward")
 
 
-def ours():
+def _ours():
     return f"halonet_jax {_OURS.value}"
 
 
-def make_module(layer, implementation, window=None):
+def _make_module(layer, implementation, window=None):
     """Our layer; with `window`, its per-pixel relative."""
     b, h = (layer.block_size, layer.halo_size) if window is None else (1, window // 2)
     return models.HaloAttention(
@@ -55,7 +55,7 @@ def make_module(layer, implementation, window=None):
     )
 
 
-def jax_case(name, function, arguments, direction):
+def _jax_case(name, function, arguments, direction):
     """`function(*arguments)`, or it and all gradients; `arguments()` gives pytrees, placed."""
 
     def both(*arguments):
@@ -72,8 +72,8 @@ def jax_case(name, function, arguments, direction):
     return timing.Case(name, make)
 
 
-def layer_case(name, layer, direction, **options):
-    module = make_module(layer, **options)
+def _layer_case(name, layer, direction, **options):
+    module = _make_module(layer, **options)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((layer.batch, layer.height, layer.width, layer.channels)))
     x = x.astype(_DTYPE.value)
 
@@ -81,10 +81,10 @@ def layer_case(name, layer, direction, **options):
         variables = jax.jit(module.init)(jax.random.key(0), x)
         return timing.place(variables, cut=False), timing.place(x, cut=True)
 
-    return jax_case(name, module.apply, arguments, direction)
+    return _jax_case(name, module.apply, arguments, direction)
 
 
-def torch_case(name, build, layer, direction, compiled=False):
+def _torch_case(name, build, layer, direction, compiled=False):
     """A PyTorch module that `build(layer)` returns, on maps [B, C, H, W]."""
 
     def make():
@@ -109,7 +109,7 @@ def torch_case(name, build, layer, direction, compiled=False):
     return timing.Case(name, make, timing.torch_wait)
 
 
-def timm_layer(layer):
+def _timm_layer(layer):
     from timm.layers.halo_attn import HaloAttn
 
     return HaloAttn(
@@ -118,7 +118,7 @@ def timm_layer(layer):
     )  # fmt: skip
 
 
-def lucidrains_layer(layer):
+def _lucidrains_layer(layer):
     from halonet_pytorch import HaloAttention
 
     if layer.value_channels != layer.channels:
@@ -129,7 +129,7 @@ def lucidrains_layer(layer):
     )  # fmt: skip
 
 
-def flex_layer(layer):
+def _flex_layer(layer):
     """Halo attention with PyTorch's flex_attention, compiled: windows are in memory, logits are not."""
     import torch
     from torch.nn import functional
@@ -171,25 +171,25 @@ def flex_layer(layer):
     return Flex()
 
 
-def layer_cases(layer, direction):
+def _layer_cases(layer, direction):
     """All contestants, ours first."""
     window = (layer.block_size + 2 * layer.halo_size) // 2 * 2 - 1
     window = max(window, 1)
     known = timing.ours(_OURS.value, reference=True)
-    cases = [layer_case(name, layer, direction, implementation=value) for name, value in known.items()]
+    cases = [_layer_case(name, layer, direction, implementation=value) for name, value in known.items()]
     cases += [
-        layer_case(f"per-pixel windows of {window}², JAX", layer, direction, implementation="reference", window=window),
-        torch_case("timm HaloAttn", timm_layer, layer, direction),
-        torch_case("timm HaloAttn, compiled", timm_layer, layer, direction, compiled=True),
-        torch_case("lucidrains halonet-pytorch", lucidrains_layer, layer, direction),
-        torch_case("lucidrains halonet-pytorch, compiled", lucidrains_layer, layer, direction, compiled=True),
-        torch_case("PyTorch flex_attention", flex_layer, layer, direction),
+        _layer_case(f"per-pixel windows of {window}², JAX", layer, direction, implementation="reference", window=window),
+        _torch_case("timm HaloAttn", _timm_layer, layer, direction),
+        _torch_case("timm HaloAttn, compiled", _timm_layer, layer, direction, compiled=True),
+        _torch_case("lucidrains halonet-pytorch", _lucidrains_layer, layer, direction),
+        _torch_case("lucidrains halonet-pytorch, compiled", _lucidrains_layer, layer, direction, compiled=True),
+        _torch_case("PyTorch flex_attention", _flex_layer, layer, direction),
     ]
     cases = [case for case in cases if _COMPILE.value or not ("compiled" in case.name or "flex" in case.name)]
     return cases[:1] + [case for case in cases[1:] if not _CASES.value or any(part in case.name for part in _CASES.value)]
 
 
-def operator_cases(layer, direction):
+def _operator_cases(layer, direction):
     """Our implementations of `ops.halo_attention`."""
     rng, n = np.random.default_rng(0), layer
     shape = n.batch, n.height, n.width, n.heads
@@ -200,37 +200,37 @@ def operator_cases(layer, direction):
     placed = lambda: [*timing.place(arrays, cut=True), *timing.place(tables, cut=False)]
     attend = functools.partial(ops.halo_attention, block_size=n.block_size, halo_size=n.halo_size)
     return [
-        jax_case(name, functools.partial(attend, implementation=value), placed, direction)
+        _jax_case(name, functools.partial(attend, implementation=value), placed, direction)
         for name, value in timing.ours(_OURS.value, reference=False).items()
     ]
 
 
-def floor_table(layer, itemsize, rates):
+def _floor_table(layer, itemsize, rates):
     """`{direction: {resource: seconds}}`."""
     work = {"forward": floors.forward(layer, itemsize)}
     work["forward + backward"] = floors.total(work["forward"], floors.backward(layer, itemsize))
     return {direction: work.seconds(rates) for direction, work in work.items()}
 
 
-def print_floors(itemsize):
+def _print_floors(itemsize):
     print(f"Floors in µs at batch {_BATCH.value}, {_DTYPE.value}: bytes / multiply-adds / exponentials; the highest counts.\n")
     print("| layer | direction |" + "".join(f" {device} |" for device in _FLOORS.value))
     print("|---|---|" + "--:|" * len(_FLOORS.value))
     for name in _LAYERS.value:
         layer = floors.layer(name, _BATCH.value)
         for direction in DIRECTIONS:
-            row = [floor_table(layer, itemsize, floors.RATES[device])[direction].values() for device in _FLOORS.value]
+            row = [_floor_table(layer, itemsize, floors.RATES[device])[direction].values() for device in _FLOORS.value]
             print(
                 f"| {name} | {direction} |" + "".join(" " + " / ".join(f"{1e6 * s:.1f}" for s in cell) + " |" for cell in row)
             )
 
 
-def shares(layer, columns):
+def _shares(layer, columns):
     """The share of the highest floor that each operator reaches, as notes for its table; None where the rates are not known."""
     rates = floors.rates(jax.devices()[0].device_kind)
     if rates is None or _DTYPE.value != "bfloat16":
         return None
-    least = floor_table(layer, 2, rates)
+    least = _floor_table(layer, 2, rates)
     notes = {}
     for direction, timings in columns.items():
         resource, seconds = max(least[direction].items(), key=lambda item: item[1])
@@ -240,7 +240,7 @@ def shares(layer, columns):
     return {name: "; ".join(parts) for name, parts in notes.items()}
 
 
-def main(argv):
+def _main(argv):
     timing.check_json(_JSON.value)
     itemsize = jnp.dtype(_DTYPE.value).itemsize
     for device in _FLOORS.value:
@@ -251,7 +251,7 @@ def main(argv):
     except ValueError as error:
         raise app.UsageError(str(error)) from None
     if _FLOORS.value:
-        return print_floors(itemsize)
+        return _print_floors(itemsize)
     sharding.use_cpu_cores(_BATCH.value)
     about, results = timing.machine(), []
     print(about, end="\n\n")
@@ -262,17 +262,17 @@ def main(argv):
             f"**{name}**: {layer.batch} maps of {layer.height} × {layer.width} × {layer.channels}, {layer.heads} heads, "
             f"values {layer.value_channels} wide, b {layer.block_size}, h {layer.halo_size}, {_DTYPE.value}"
         )
-        columns = {d: timing.measure(layer_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
-        print(timing.table(title, columns, ours()), flush=True)
-        results += timing.records(columns, ours(), benchmark="layer", layer=name, **layer._asdict(), dtype=_DTYPE.value)
+        columns = {d: timing.measure(_layer_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
+        print(timing.table(title, columns, _ours()), flush=True)
+        results += timing.records(columns, _ours(), benchmark="layer", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         if _OPERATOR.value:
-            columns = {d: timing.measure(operator_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
-            print(timing.table(f"**{name}**, operator alone", columns, ours(), shares(layer, columns)), flush=True)
-            results += timing.records(columns, ours(), benchmark="operator", layer=name, **layer._asdict(), dtype=_DTYPE.value)
+            columns = {d: timing.measure(_operator_cases(layer, d), _REPEATS.value, f"{name} {d}") for d in DIRECTIONS}
+            print(timing.table(f"**{name}**, operator alone", columns, _ours(), _shares(layer, columns)), flush=True)
+            results += timing.records(columns, _ours(), benchmark="operator", layer=name, **layer._asdict(), dtype=_DTYPE.value)
         jax.clear_caches()
         if _JSON.value:
             timing.write_json(_JSON.value, results, about)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

@@ -42,7 +42,7 @@ WIDTH, HEIGHT, QUALITY, NOISE = 500, 375, 89, 9.0  # about 57 kB
 LINKS = 64  # names of each file: drawing an order costs most in small sets, which are not what is to be measured
 
 
-def main(argv):
+def _main(argv):
     timing.check_json(_JSON.value)
     if _IMAGES.value % _BATCH.value:
         raise app.UsageError(f"--images={_IMAGES.value} must be a multiple of --batch={_BATCH.value}")
@@ -56,10 +56,10 @@ def main(argv):
     print(about, end="\n\n")
     columns = {}
     with tempfile.TemporaryDirectory() as folder:
-        size = write_photos(Path(folder) / "train", _IMAGES.value)
+        size = _write_photos(Path(folder) / "train", _IMAGES.value)
         for randaugment in (False, True) if _RANDAUGMENT.value is None else (_RANDAUGMENT.value,):
             label = f"{'with' if randaugment else 'no'} RandAugment"
-            columns |= race(label, settings(folder, randaugment))
+            columns |= _race(label, _settings(folder, randaugment))
             if _JSON.value:
                 options = dict(images=_IMAGES.value, batch=_BATCH.value, image_size=_SIZE.value, cores=_CORES.value)
                 timing.write_json(_JSON.value, timing.records(columns, OURS, benchmark="input", **options), about)
@@ -67,7 +67,7 @@ def main(argv):
     print(timing.table(title, columns, OURS, unit="images/s", show=lambda seconds: f"{1 / seconds:.0f}"), flush=True)
 
 
-def write_photos(folder: Path, count: int) -> float:
+def _write_photos(folder: Path, count: int) -> float:
     """Writes JPEGs of smooth colours with noise, of two classes; returns their mean size in bytes."""
     sizes = []
     for i in range(count):
@@ -82,7 +82,7 @@ def write_photos(folder: Path, count: int) -> float:
     return float(np.mean(sizes))
 
 
-def settings(folder: str, randaugment: bool) -> SimpleNamespace:
+def _settings(folder: str, randaugment: bool) -> SimpleNamespace:
     """The config's `data` block, with what all contestants share besides: `batch`, `cores`."""
     block = config.imagenet().data
     block.update(source="folder", dir=folder, image_size=_SIZE.value, num_threads=_CORES.value)
@@ -90,43 +90,43 @@ def settings(folder: str, randaugment: bool) -> SimpleNamespace:
     return SimpleNamespace(**block.to_dict(), batch=_BATCH.value, cores=_CORES.value)
 
 
-def ours(c):
+def _ours(c):
     source = data.open_source(c, c.train_split)
     transform = data.ClassificationTransform(c, num_classes=len(source.class_names), training=True)
     return data.train_batches(source, transform, c, batch_size=c.batch, seed=0)
 
 
-def tf_data(c):
+def _tf_data(c):
     import rival_tfdata
 
     return rival_tfdata.batches(c, "bicubic")
 
 
-def tf_data_bilinear(c):
+def _tf_data_bilinear(c):
     import rival_tfdata
 
     return rival_tfdata.batches(c, "bilinear")
 
 
-def torch_pillow(c):
+def _torch_pillow(c):
     import rival_pillow
 
     return rival_pillow.batches(c)
 
 
 CONTESTANTS = {
-    OURS: ours, "tf.data": tf_data, "tf.data, bilinear": tf_data_bilinear, "torch DataLoader, Pillow": torch_pillow,
+    OURS: _ours, "tf.data": _tf_data, "tf.data, bilinear": _tf_data_bilinear, "torch DataLoader, Pillow": _torch_pillow,
 }  # fmt: skip
 
 
-def race(label: str, c: SimpleNamespace) -> dict[str, dict[str, timing.Timing]]:
+def _race(label: str, c: SimpleNamespace) -> dict[str, dict[str, timing.Timing]]:
     """Seconds an image, of CPU and on the wall."""
     progress = timing.Progress(label, len(CONTESTANTS) * (_ROUNDS.value + 2))
     cpu, wall, ready = {}, {}, {}
     try:
         for name, make in CONTESTANTS.items():
             progress.at(f"starting {name}")
-            contestant = Contestant(make, c, _IMAGES.value // _BATCH.value)
+            contestant = _Contestant(make, c, _IMAGES.value // _BATCH.value)
             ready[name] = contestant
             cpu[name], wall[name] = timing.Timing([], contestant.reason), timing.Timing([], contestant.reason)
             if contestant.reason:
@@ -147,7 +147,7 @@ def race(label: str, c: SimpleNamespace) -> dict[str, dict[str, timing.Timing]]:
     return {f"{label}: CPU": cpu, f"{label}: wall": wall}
 
 
-class Contestant:
+class _Contestant:
     """A process that makes batches, stopped except during `round`.
 
     Attributes:
@@ -220,4 +220,4 @@ def _cpu_seconds() -> float:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

@@ -43,13 +43,13 @@ SMOOTHING, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.01, 0.9, 2e-5
 FORWARD, STEP = "forward", "training step"
 
 
-def images_and_labels():
+def _images_and_labels():
     size = _SIZE.value or floors.IMAGE_SIZES.get(_MODEL.value, 256)
     rng = np.random.default_rng(0)
     return rng.standard_normal((_BATCH.value, size, size, 3)).astype(np.float32), rng.integers(0, CLASSES, _BATCH.value)
 
 
-def make_task(model, images):
+def _make_task(model, images):
     def init(rng):
         variables = model.init(rng, images[:1], train=False)
         return variables["params"], variables["batch_stats"]
@@ -66,16 +66,16 @@ def make_task(model, images):
     return Task(init, loss, predict, metrics=None)
 
 
-def our_case(name, implementation, direction):
+def _our_case(name, implementation, direction):
     def make():
         options = dict(
             dtype=_DTYPE.value, attention_impl=implementation, bn_group_size=_GROUP.value, scan=_SCAN.value, remat=_REMAT.value
         )
         if _STAGES.value:
             options["stage_sizes"] = tuple(map(int, _STAGES.value))
-        images, labels = images_and_labels()
+        images, labels = _images_and_labels()
         mesh, batch = timing.mesh(), timing.place({"image": images, "label": labels}, cut=True)
-        task = make_task(models.create(_MODEL.value, CLASSES, **options), images[:1])
+        task = _make_task(models.create(_MODEL.value, CLASSES, **options), images[:1])
         optimizer = optax.chain(
             optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
         )
@@ -102,14 +102,14 @@ def our_case(name, implementation, direction):
     return timing.Case(name, make)
 
 
-def timm_case(direction, compiled):
+def _timm_case(direction, compiled):
     def make():
         torch, device, dtype = timing.torch_device(_DTYPE.value)
         import timm
 
         if _MODEL.value != "h1" or _STAGES.value:
             raise NotImplementedError("timm has H1 alone")
-        images, labels = images_and_labels()
+        images, labels = _images_and_labels()
         torch.manual_seed(0)
         # The layout that is faster for convolutions on each.
         layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -143,28 +143,28 @@ def timm_case(direction, compiled):
     return timing.Case(f"timm halonet_h1{', compiled' if compiled else ''}", make, timing.torch_wait)
 
 
-def cases(direction):
+def _cases(direction):
     """All contestants, ours first; the reference is too slow, and takes too much memory, for a whole model."""
-    all_cases = [our_case(name, value, direction) for name, value in timing.ours(_OURS.value, reference=False).items()]
-    all_cases += [timm_case(direction, compiled) for compiled in (False, True)[: 1 + _COMPILE.value]]
+    all_cases = [_our_case(name, value, direction) for name, value in timing.ours(_OURS.value, reference=False).items()]
+    all_cases += [_timm_case(direction, compiled) for compiled in (False, True)[: 1 + _COMPILE.value]]
     rivals = [case for case in all_cases[1:] if not _CASES.value or any(part in case.name for part in _CASES.value)]
     return all_cases[:1] + rivals
 
 
-def main(argv):
+def _main(argv):
     timing.check_json(_JSON.value)
     sharding.use_cpu_cores(_BATCH.value // (_GROUP.value or 1))
     about = timing.machine()
     print(about, end="\n\n")
-    size, ours = images_and_labels()[0].shape[1], f"halonet_jax {_OURS.value}"
+    size, ours = _images_and_labels()[0].shape[1], f"halonet_jax {_OURS.value}"
     options = dict(model=_MODEL.value, batch=_BATCH.value, image_size=size, dtype=_DTYPE.value, scan=_SCAN.value)
     columns = {}
     for direction in (FORWARD, STEP):
-        columns[direction] = timing.measure(cases(direction), _REPEATS.value, f"{_MODEL.value} {direction}")
+        columns[direction] = timing.measure(_cases(direction), _REPEATS.value, f"{_MODEL.value} {direction}")
         if _JSON.value:
             timing.write_json(_JSON.value, timing.records(columns, ours, benchmark="model", **options), about)
     print(timing.table(f"**{_MODEL.value}**: {_BATCH.value} images of {size} px, {_DTYPE.value}", columns, ours), flush=True)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

@@ -10,11 +10,11 @@ from halonet_jax.runtime import plots
 _WORKDIRS = flags.DEFINE_list("workdirs", [], "Runs whose learning curves to draw into one picture.")
 
 
-def main(argv):
+def _main(argv):
     plots.halo_attention_diagram("docs/halo_attention.png")
     if _WORKDIRS.value:
         plots.learning_curve(_WORKDIRS.value, "docs/learning_curve.png")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

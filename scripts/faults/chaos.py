@@ -39,11 +39,11 @@ EXPECTED = {0, 75, 69, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT}
 PATIENCE = 600  # seconds in which a start must get anywhere
 
 
-class Broken(Exception):
+class _Broken(Exception):
     """What must hold does not."""
 
 
-class Run:
+class _Run:
     """One start of the training, on `processes` of `devices` each. Output goes to files, which nobody must keep reading."""
 
     def __init__(self, command, workdir, processes, devices):
@@ -86,7 +86,7 @@ class Run:
         return left
 
 
-def finished_checkpoints(workdir):
+def _finished_checkpoints(workdir):
     folder = workdir / "checkpoints"
     return {int(path.name) for path in folder.iterdir() if path.name.isdigit()} if folder.exists() else set()
 
@@ -94,7 +94,7 @@ def finished_checkpoints(workdir):
 # --- moments at which to kill; each waits until `reached`, or until the run has ended
 
 
-def during_a_save(run, rng, _):
+def _during_a_save(run, rng, _):
     nth, seen = rng.randint(1, 4), set()
 
     def reached():
@@ -104,25 +104,25 @@ def during_a_save(run, rng, _):
     return reached, 0.0005
 
 
-def after_a_report(run, rng, _):
+def _after_a_report(run, rng, _):
     nth, wait = rng.randint(1, 4), rng.uniform(0, 0.5)
     return lambda: run.output().count("  loss ") >= nth and time.sleep(wait) is None, 0.02
 
 
-def while_compiling(run, rng, _):
+def _while_compiling(run, rng, _):
     wait = rng.uniform(0, 3)
     return lambda: " parameters, " in run.output() and time.sleep(wait) is None, 0.05
 
 
-def anywhere(run, rng, duration):
+def _anywhere(run, rng, duration):
     end = time.monotonic() + rng.uniform(0, duration)
     return lambda: time.monotonic() > end, 0.02
 
 
-MOMENTS = (during_a_save, during_a_save, after_a_report, while_compiling, anywhere)  # saves matter most
+MOMENTS = (_during_a_save, _during_a_save, _after_a_report, _while_compiling, _anywhere)  # saves matter most
 
 
-def disturb(run, rng, duration):
+def _disturb(run, rng, duration):
     """Kills once; returns what it did, or None where the run ended before."""
     moment = rng.choice(MOMENTS)
     number = rng.choice((signal.SIGKILL, signal.SIGTERM))
@@ -131,7 +131,7 @@ def disturb(run, rng, duration):
     deadline = time.monotonic() + PATIENCE
     while len(run.running()) == len(run.processes) and not reached():
         if time.monotonic() > deadline:
-            raise Broken(f"nothing happened in {PATIENCE} s:\n{run.output()}")
+            raise _Broken(f"nothing happened in {PATIENCE} s:\n{run.output()}")
         time.sleep(pause)
     if len(run.running()) < len(run.processes):
         return None
@@ -141,25 +141,25 @@ def disturb(run, rng, duration):
     return number.name, who, moment.__name__.replace("_", " ")
 
 
-def one_run(command, layout, workdir, rng, kills, duration, moves):
+def _one_run(command, layout, workdir, rng, kills, duration, moves):
     """Starts the training again and again until it is done; returns what was killed, and how many starts that took."""
     done, starts, newest = [], 0, 0
     while True:
         starts += 1
         here = rng.choice(MOVES) if moves and rng.random() < 0.5 else layout
-        run = Run(command, workdir, *here)
+        run = _Run(command, workdir, *here)
         try:
-            kill = disturb(run, rng, duration) if len(done) < kills else None
+            kill = _disturb(run, rng, duration) if len(done) < kills else None
             late = run.wait(PATIENCE)
         finally:
             run.wait(0)
         codes, text = [process.returncode for process in run.processes], run.output()
         resumed = re.search(r"step (\d+) of \d+", text)
         if resumed and int(resumed[1]) != newest:
-            raise Broken(f"resumed from step {resumed[1]}, though checkpoint {newest} was there\n{text}")
-        steps = finished_checkpoints(workdir)
+            raise _Broken(f"resumed from step {resumed[1]}, though checkpoint {newest} was there\n{text}")
+        steps = _finished_checkpoints(workdir)
         if max(steps, default=0) < newest or (workdir / "damaged_checkpoints").exists():
-            raise Broken(f"checkpoint {newest} was lost or damaged; there are {sorted(steps)}\n{text}")
+            raise _Broken(f"checkpoint {newest} was lost or damaged; there are {sorted(steps)}\n{text}")
         newest = max(steps, default=0)
         if kill:
             done.append(kill)
@@ -171,52 +171,52 @@ def one_run(command, layout, workdir, rng, kills, duration, moves):
             )
         # At start-up, before signals are heeded, processes may wait long for one that is gone.
         if set(codes) - EXPECTED or (late and not (kill and kill[2] == "anywhere")):
-            raise Broken(
+            raise _Broken(
                 f"exit codes {codes}, {len(late)} did not end\n" + "\n".join(run.output(index) for index in range(len(codes)))
             )
         if set(codes) == {0}:
             return done, starts
         if not kill:
-            raise Broken(f"ended by itself with {codes}\n{text}")
+            raise _Broken(f"ended by itself with {codes}\n{text}")
 
 
-def reports(workdir):
+def _reports(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in VARYING} for line in lines]
 
 
-def arrays(workdir):
+def _arrays(workdir):
     os.environ["JAX_PLATFORMS"] = "cpu"
     logging.getLogger("absl").setLevel(logging.ERROR)
     import jax
     import numpy as np
     import orbax.checkpoint as ocp
 
-    path = workdir / "checkpoints" / str(max(finished_checkpoints(workdir))) / "state"
+    path = workdir / "checkpoints" / str(max(_finished_checkpoints(workdir))) / "state"
     reader = ocp.PyTreeCheckpointer()
     as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), reader.metadata(path).item_metadata.tree)
     tree = reader.restore(path, restore_args=as_numpy)
     return {jax.tree_util.keystr(key): value for key, value in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def compare(workdir, undisturbed):
+def _compare(workdir, undisturbed):
     """Bit for bit; returns what was compared."""
-    ours, theirs = reports(workdir), reports(undisturbed)
+    ours, theirs = _reports(workdir), _reports(undisturbed)
     if ours != theirs:
         wrong = next((pair for pair in zip(ours, theirs) if pair[0] != pair[1]), (len(ours), len(theirs)))
-        raise Broken(f"reports differ, first: {wrong[0]}\nand {wrong[1]}")
-    ours_at_end, theirs_at_end = arrays(workdir), arrays(undisturbed)
+        raise _Broken(f"reports differ, first: {wrong[0]}\nand {wrong[1]}")
+    ours_at_end, theirs_at_end = _arrays(workdir), _arrays(undisturbed)
     wrong = [name for name, x in theirs_at_end.items() if x.tobytes() != ours_at_end[name].tobytes()]
     if wrong or ours_at_end.keys() != theirs_at_end.keys():
-        raise Broken(f"{len(wrong)} arrays of the last checkpoint differ: {wrong[:5]}")
-    last = max(finished_checkpoints(workdir))
+        raise _Broken(f"{len(wrong)} arrays of the last checkpoint differ: {wrong[:5]}")
+    last = max(_finished_checkpoints(workdir))
     return f"{len(ours)} reports and {len(ours_at_end)} arrays of checkpoint {last} equal, bit for bit"
 
 
-def compare_losses(workdir, undisturbed, tolerance):
-    ours, theirs = reports(workdir), reports(undisturbed)
+def _compare_losses(workdir, undisturbed, tolerance):
+    ours, theirs = _reports(workdir), _reports(undisturbed)
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
-        raise Broken("other steps are reported")
+        raise _Broken("other steps are reported")
     off = [
         abs(x[key] / y[key] - 1)
         for x, y in zip(ours, theirs)
@@ -224,7 +224,7 @@ def compare_losses(workdir, undisturbed, tolerance):
         if key in y
     ]
     if max(off) > tolerance:
-        raise Broken(f"losses differ by up to {max(off):.1e} of their value, more than {tolerance:g}")
+        raise _Broken(f"losses differ by up to {max(off):.1e} of their value, more than {tolerance:g}")
     return f"{len(ours)} reports: losses equal to {max(off):.1e} of their value"
 
 
@@ -250,19 +250,19 @@ def main():
     command = [sys.executable, *shlex.split(flags.program), *RECIPE, *training]
     rng, kills, starts, compared, begin = random.Random(flags.seed), [], 0, [], time.monotonic()
     try:
-        one_run(command, layout, workdir / "undisturbed", rng, 0, 0, False)
+        _one_run(command, layout, workdir / "undisturbed", rng, 0, 0, False)
         duration = time.monotonic() - begin
         print(f"undisturbed on {layout[0]} x {layout[1]}: {duration:.0f} s", flush=True)
         while len(kills) < flags.kills:
             disturbed = workdir / f"disturbed_{len(compared)}"
-            done, tried = one_run(command, layout, disturbed, rng, flags.kills - len(kills), duration, flags.move)
+            done, tried = _one_run(command, layout, disturbed, rng, flags.kills - len(kills), duration, flags.move)
             kills, starts = kills + done, starts + tried
             undisturbed = workdir / "undisturbed"
             compared.append(
-                compare_losses(disturbed, undisturbed, flags.tolerance) if flags.move else compare(disturbed, undisturbed)
+                _compare_losses(disturbed, undisturbed, flags.tolerance) if flags.move else _compare(disturbed, undisturbed)
             )
             print(f"run {len(compared)} is done after {len(done)} kills: {compared[-1]}", flush=True)
-    except Broken as broken:
+    except _Broken as broken:
         print(f"BROKEN: {broken}", flush=True)
         return 1
     print(f"\n{'signal':8} {'to':14} {'moment':16} kills")

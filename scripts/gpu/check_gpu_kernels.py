@@ -30,7 +30,7 @@ _COMPILE = flags.DEFINE_list("compile", [], "compute capabilities, such as 80 (A
 _BATCH = flags.DEFINE_integer("batch", 8, "images")
 
 
-def main(_):
+def _main(_):
     failed = 0
     for name, layer in layers(_MODELS.value).items():
         for dtype in _DTYPES.value:
@@ -38,7 +38,7 @@ def main(_):
             for kernel, module, warps, stages in kernels:
                 line = f"{name} {dtype} {kernel}: {warps} warps, {stages} stages"
                 for capability in map(int, _COMPILE.value):
-                    registers, spilled, shared = compile_triton(module, capability, warps, stages)
+                    registers, spilled, shared = _compile_triton(module, capability, warps, stages)
                     bad = shared > SHARED_KIB[capability] * 1024
                     failed += bad
                     line += (
@@ -88,7 +88,7 @@ def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype
     return [(name, unescape(ir), int(warps), int(stages)) for ir, name, stages, warps in re.findall(pattern, text)]
 
 
-def compile_triton(module: bytes, capability: int, warps: int, stages: int):
+def _compile_triton(module: bytes, capability: int, warps: int, stages: int):
     """Registers of a thread, bytes that it spills, and bytes of shared memory of a program."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("error: --compile needs Triton; pip install triton")
@@ -137,4 +137,4 @@ def _image_size(model):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

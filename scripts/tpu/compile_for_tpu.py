@@ -40,13 +40,13 @@ def main() -> int:
         if value is None:
             raise command_line.UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")
     try:
-        return check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
+        return _check(_CONFIG.value, _TOPOLOGY.value, _QUICK.value)
     except tpu_compile.CompileFailed as error:
         print(f"error: the compiler failed: {error}", file=sys.stderr)
         return 3
 
 
-def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
+def _check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     """Compiles, prints, and looks for what would fit where the train step does not."""
     begin = time.monotonic()
     tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
@@ -72,14 +72,14 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     tell("done")
     print(train["description"])
     eval_batch_size = config.eval_batch_size or config.batch_size
-    report("train step", train, chip)
-    report("eval step", evaluation, chip)
+    _report("train step", train, chip)
+    _report("eval step", evaluation, chip)
     if not train["fits"]:
         print("The train step does not fit; looking for what would …", flush=True)
-        print_remedies(tpu_compile.make_fit(config, topology, train, tell), tpu_compile.Settings.of(config), chip)
+        _print_remedies(tpu_compile.make_fit(config, topology, train, tell), tpu_compile.Settings.of(config), chip)
         return 1
     if not quick:
-        estimate_time(config, topology, tell)
+        _estimate_time(config, topology, tell)
     if not evaluation["fits"]:
         print(f"VERDICT: training fits, evaluation does not; set --config.eval_batch_size below {eval_batch_size}")
         return 1
@@ -87,7 +87,7 @@ def check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int:
     return 0
 
 
-def print_remedies(found: list, here: tpu_compile.Settings, chip: chips.Chip) -> None:
+def _print_remedies(found: list, here: tpu_compile.Settings, chip: chips.Chip) -> None:
     """The verdict where the train step does not fit."""
     if not found:
         print("VERDICT: does not fit, and nothing tried does; take a larger slice, or chips with more memory")
@@ -99,7 +99,7 @@ def print_remedies(found: list, here: tpu_compile.Settings, chip: chips.Chip) ->
     print("  or a slice so much larger that a device holds no more images than such a micro-batch")
 
 
-def estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callable[[str], None]) -> None:
+def _estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callable[[str], None]) -> None:
     """Compiles the train step to machine code and prints what its cycles come to."""
     chip = chips.topology(topology).chip
     config, scan = config.copy_and_resolve_references(), config.model.scan
@@ -120,7 +120,7 @@ def estimate_time(config: ml_collections.ConfigDict, topology: str, tell: Callab
     )
 
 
-def report(name: str, record: dict, chip: chips.Chip) -> None:
+def _report(name: str, record: dict, chip: chips.Chip) -> None:
     """Prints a step's figures."""
     print(f"{name}:")
     if "peak_bytes" not in record:

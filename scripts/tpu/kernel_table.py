@@ -46,7 +46,7 @@ SLICES = {"v3": "2x2", "v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"
 IMAGE_SIZES = {"h0": 256, "h1": 256, "h2": 256, "h3": 320, "h4": 384, "h5": 448, "h6": 512, "h7": 600}
 
 
-def layers(model: str) -> list[tuple[str, dict]]:
+def _layers(model: str) -> list[tuple[str, dict]]:
     """The attention layers of a model that differ: name, and what `layer` takes."""
     variant, size, found = variants.VARIANTS[model], IMAGE_SIZES[model] // 4, []
     for stage, heads in enumerate(variant["num_heads"]):
@@ -62,26 +62,26 @@ def layers(model: str) -> list[tuple[str, dict]]:
     return found
 
 
-def main(_) -> int:
+def _main(_) -> int:
     failed = 0
     for name in _CHIPS.value:
         chip = chips.CHIPS[name]
         device = topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{SLICES[name]}", **chip.options).devices[0]
         seen = {}
-        for label, shape in (layer for model in _MODELS.value for layer in layers(model)):
+        for label, shape in (layer for model in _MODELS.value for layer in _layers(model)):
             key = tuple(shape.values())
             if key in seen:
                 print(f"{name} {label:18s} as {seen[key]}", flush=True)
                 continue
             seen[key] = label
             with jax.sharding.use_abstract_mesh(jax.sharding.Mesh([device], "data").abstract_mesh):
-                text, ok = report(device, **shape)
+                text, ok = _report(device, **shape)
             failed += not ok
             print(f"{name} {label:18s} {' '.join(f'{k}={v}' for k, v in shape.items())}: {text}", flush=True)
     return 1 if failed else 0
 
 
-def report(device, size, stride, heads, channels, values, block_size, halo_size) -> tuple[str, bool]:
+def _report(device, size, stride, heads, channels, values, block_size, halo_size) -> tuple[str, bool]:
     """What came of one shape on the chip whose mesh is set, and whether that is as `unsupported` says."""
     dtype, batch = jnp.dtype(_DTYPE.value), _BATCH.value
     out_size = -(-size // stride)
@@ -105,7 +105,7 @@ def report(device, size, stride, heads, channels, values, block_size, halo_size)
         return f"left to xla: {reason}", True
     begin = time.monotonic()
     try:
-        text = compiled_text(gradient, tpu.attend, cotangent, *inputs)
+        text = _compiled_text(gradient, tpu.attend, cotangent, *inputs)
     except jax.errors.JaxRuntimeError as error:
         first = re.search(r"\d+\.\d+M[^.]*of[^.]*\d+\.\d+M|[Ee]xceeded[^.]*\.\d+M|.{0,200}", str(error)).group()
         return f"DOES NOT COMPILE: {first}", False
@@ -128,7 +128,7 @@ def report(device, size, stride, heads, channels, values, block_size, halo_size)
         for kind, function, arguments, least in (
             ("forward", attend, inputs, small + out), ("gradient", gradient, (cotangent, *inputs), 3 * small + 2 * out)
         ):  # fmt: skip
-            ours, theirs = (hlo.parse(compiled_text(function, a, *arguments)) for a in (tpu.attend, einsum.attend))
+            ours, theirs = (hlo.parse(_compiled_text(function, a, *arguments)) for a in (tpu.attend, einsum.attend))
             kernels = sum(
                 array.padded_bytes
                 for computation in ours.computations.values()
@@ -142,10 +142,10 @@ def report(device, size, stride, heads, channels, values, block_size, halo_size)
     return "; ".join(words), True
 
 
-def compiled_text(function, implementation, *arguments) -> str:
+def _compiled_text(function, implementation, *arguments) -> str:
     traced = jax.jit(functools.partial(function, implementation)).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile().as_text()
 
 
 if __name__ == "__main__":
-    app.run(lambda argv: sys.exit(main(argv)))
+    app.run(lambda argv: sys.exit(_main(argv)))
