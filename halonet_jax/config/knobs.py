@@ -3,7 +3,8 @@
 Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--config.data.image_size=224`. The knobs of
 the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
-Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
+Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole`
+    without
 an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
 
 Sources:

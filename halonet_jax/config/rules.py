@@ -106,7 +106,7 @@ class Choice(NamedTuple):
 
 
 class Tuple(NamedTuple):
-    """A tuple of `least` to `most` elements that obey `item`. With `rising`, no element is less than the one before it."""
+    """A tuple of `least` to `most` elements that obey `item`. With `rising`, no element is less than the previous."""
 
     item: Whole | Real | Text | Choice
     least: int

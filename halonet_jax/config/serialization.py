@@ -28,8 +28,8 @@ def from_json(text: str | bytes, sections: Mapping[str, tuple[knobs.Knob, ...]] 
         sections: the tables of knobs, see `knobs.SECTIONS`.
 
     Raises:
-        ConfigError: the text is not a JSON object, has a key that this version does not know, or has a value of the wrong
-            type.
+        ConfigError: the text is not a JSON object, has a key that this version does not know, or has a value of the
+            wrong type.
     """
     try:
         stored = json.loads(text)

@@ -17,14 +17,14 @@ class Chip(NamedTuple):
 
     Attributes:
         name: the generation, such as "v5e".
-        memory: bytes that a program can use, as the compiler states it when it runs out (libtpu 0.0.52). The data sheet's
-            figure is higher, because the system reserves some.
+        memory: bytes that a program can use, as the compiler states it when it runs out (libtpu 0.0.52). The data
+            sheet's figure is higher, because the system reserves some.
         flops: peak bfloat16 FLOP/s.
         bandwidth: bytes/s of the main memory.
         clock: Hz. It is the data sheet's FLOP/s over the FLOPs of the matrix units in a cycle. A unit does 128²
-            multiply-adds, and a device has 2 units (a core of v3), 8 (v4, v5p) or 4 (v5e). The result equals the published
-            0.94 and 1.05 GHz of v3 and v4. For v6e we assume four units of 256²: by the compiler's estimate for a matrix
-            product, two would be too few.
+            multiply-adds, and a device has 2 units (a core of v3), 8 (v4, v5p) or 4 (v5e). The result equals the
+            published 0.94 and 1.05 GHz of v3 and v4. For v6e we assume four units of 256²: by the compiler's estimate
+            for a matrix product, two would be too few.
         devices_per_chip: 2 if a device is one core, else 1.
         cores_per_device: 2 if two cores work as one device, else 1.
         matmul_share: share of the peak that the compiler's estimate implies for an 8192³ bfloat16 product.
@@ -112,10 +112,10 @@ def roofline_seconds(chip: Chip, flops: float, size: float) -> float:
 def step_seconds(chip: Chip, flops: float, size: float, cycles: float, kernel_flops: float = 0) -> float | None:
     """Returns a program's estimated seconds: by the backend's cycles or by the roofline, whichever is longer.
 
-    The backend has no estimate for Pallas kernels. They count as their FLOPs at the peak, which is their lower bound. The
-    estimate leaves out communication between chips and other work without an estimate (see `hlo_cost.Cost.cycles`). For
-    work that memory bounds, the backend's cycles imply only `add_share` of the bandwidth, so the result may be up to twice
-    too long.
+    The backend has no estimate for Pallas kernels. They count as their FLOPs at the peak, which is their lower bound.
+    The estimate leaves out communication between chips and other work without an estimate (see `hlo_cost.Cost.cycles`).
+    For work that memory bounds, the backend's cycles imply only `add_share` of the bandwidth, so the result may be up
+    to twice too long.
 
     Args:
         chip: the device.

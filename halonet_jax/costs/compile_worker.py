@@ -5,8 +5,8 @@ python -m halonet_jax.costs.compile_worker SPEC.json OUT_FOLDER
 The spec holds `config` (as `config.to_json` writes it), `topology` with `topology_options`, `step` ("train" or "eval")
 and `quick`. A quick compile ends once the compiler has assigned memory, before it generates machine code. That takes a
 tenth of the time. Memory, FLOPs, bytes and collectives are known by then; estimated cycles are not. The worker writes
-`about.json` (sizes of the state) into the folder. A compile that succeeds adds `program.txt` (the optimised program) and
-`result.json` (its memory).
+`about.json` (sizes of the state) into the folder. A compile that succeeds adds `program.txt` (the optimised program)
+and `result.json` (its memory).
 """
 
 import glob
