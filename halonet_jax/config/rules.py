@@ -66,7 +66,7 @@ class Switch(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A string without a null character, which no file system accepts."""
+    """A string without null characters, which no file system accepts. `may_be_empty` allows ""."""
 
     may_be_empty: bool = False
     type = str

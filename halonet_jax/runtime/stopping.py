@@ -183,7 +183,7 @@ class Watchdog:
                 print(
                     f"error: process {jax.process_index()} made no progress in {doing} for {idle:.0f} s, more than "
                     f"hang_timeout={self._timeout:g}; a disk, data source, network or another process hangs. The last checkpoint "
-                    "is safe and the same command resumes; if {doing} needs longer than this, raise hang_timeout",
+                    f"is safe and the same command resumes; if {doing} needs longer than this, raise hang_timeout",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -1,19 +1,25 @@
-"""Times halo attention layers against other implementations of them, in one process and in turns.
+"""Times halo attention layers against other implementations, in turns within one process.
 
-    python scripts/bench/bench_attention.py                                        # H1 stages 1 and 3, H4 stage 1, batch 4
+    python scripts/bench/bench_attention.py                                        # H1 stages 1 and 3, H4 stage 1
     python scripts/bench/bench_attention.py --layers=h1s1 --batch=64 --dtype=bfloat16 --operator     # on a GPU or TPU
-    python scripts/bench/bench_attention.py --floors=v5e,H100 --layers=h1s1,h1s3   # no timing: the least time it can take
+    python scripts/bench/bench_attention.py --floors=v5e,H100 --layers=h1s1,h1s3   # no timing: lower bounds of the time
 
-A layer is projections to queries, keys and values, and attention; `h4s1` is that of H4's first stage. Peers (`pip install -e
-'.[bench]'`) that are absent are left out with the reason. "×" is a case's time over that of ours (`--implementation`): the
-median of the ratios in each round. Without an accelerator, each core is a device of JAX's, over which batches are cut, where
-they divide; JAX_NUM_CPU_DEVICES=1 makes it one program on all cores. What differs between contestants:
+A layer projects to queries, keys and values and applies attention. `h4s1` is the layer of H4's first stage. Install the
+peers with `pip install -e '.[bench]'`; the tables list missing or failing peers with the reason. "×" is a case's time
+over the time of ours (`--implementation`): the median of the ratios of all rounds. Without an accelerator, each core is
+a JAX device, and batches are cut over a number of cores that divides them. JAX_NUM_CPU_DEVICES=1 runs one program on
+all cores.
 
-- timm's layer does not mask the padding and has relative tables of full width; lucidrains' has those, too, masks, has values
-  as wide as keys, and an output projection.
-- flex_attention gets windows and position logits like ours, without masks; its compiled kernel computes softmax and products.
-- per-pixel windows are the same layer with b = 1 and windows of b + 2h - 1 or one more, an odd number: each query its own window.
-- the reference gathers each query's neighbourhood, in float32.
+The contestants differ:
+
+- timm's layer does not mask the padding and has relative tables of full width.
+- lucidrains' layer has such tables too. It masks the padding, its values are as wide as its keys, and it has an output
+  projection.
+- flex_attention gets windows and position logits like ours, without masks. Its compiled kernel computes softmax and
+  products.
+- Per-pixel windows are the same layer with b = 1: each query has its own window. The window's side is the largest odd
+  number below b + 2h.
+- The reference gathers each query's neighbourhood, in float32.
 """
 
 import functools
@@ -28,17 +34,17 @@ from halonet_jax import models, ops
 from halonet_jax.costs import floors
 from halonet_jax.training import sharding
 
-_LAYERS = flags.DEFINE_list("layers", ["h1s1", "h1s3", "h4s1"], "Layers: a model h0 to h7, s, a stage 1 to 4.")
+_LAYERS = flags.DEFINE_list("layers", ["h1s1", "h1s3", "h4s1"], "Layers, as <model>s<stage>: h0 to h7, stages 1 to 4.")
 _BATCH = flags.DEFINE_integer("batch", 4, "Images.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the computation.")
-_REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds, in each of which every case runs once; slow cases run three times.", 1)
-_CASES = flags.DEFINE_list("cases", [], "Parts of the names of cases to run beside ours; empty: all of them.")
-_OPERATOR = flags.DEFINE_bool("operator", False, "Also time our operators alone, without projections, against the floors.")
-_FLOORS = flags.DEFINE_list("floors", [], f"Print the layers' floors on devices, and end. Known: {', '.join(floors.RATES)}.")
-_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also PyTorch's compiled cases, which take minutes to prepare.")
-_JSON = flags.DEFINE_string("json", "", "A file to write all times to.")
-_OURS = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "Ours, to compare with.")
-_SIZE = flags.DEFINE_integer("map_size", 0, "Pixels a side of the maps instead of the models'; 0: theirs.", lower_bound=0)
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the computation.")
+_REPEATS = flags.DEFINE_integer("repeats", 15, "Rounds. Each runs every case once; slow cases run at most three times.", 1)
+_CASES = flags.DEFINE_list("cases", [], "Cases to run beside ours, by parts of their names; empty: all.")
+_OPERATOR = flags.DEFINE_bool("operator", False, "Also time our operators without projections, against the floors.")
+_FLOORS = flags.DEFINE_list("floors", [], f"Print the floors on these devices and exit. Known: {', '.join(floors.RATES)}.")
+_COMPILE = flags.DEFINE_bool("torch_compile", True, "Also run PyTorch's compiled cases. They take minutes to prepare.")
+_JSON = flags.DEFINE_string("json", "", "File to write all times to.")
+_OURS = flags.DEFINE_enum("implementation", "auto", ["auto", "xla", "pallas"], "Our implementation, which the ratios compare with.")
+_SIZE = flags.DEFINE_integer("map_size", 0, "Side of the maps in pixels; 0: as in the model.", lower_bound=0)
 
 DIRECTIONS = ("forward", "forward + backward")
 
@@ -48,7 +54,7 @@ def _ours():
 
 
 def _make_module(layer, implementation, window=None):
-    """Our layer; with `window`, its per-pixel relative."""
+    """Returns our layer. With `window`, each query has its own window of that side."""
     b, h = (layer.block_size, layer.halo_size) if window is None else (1, window // 2)
     return models.HaloAttention(
         layer.channels, layer.heads, b, h, layer.value_channels, implementation=implementation, dtype=_DTYPE.value
@@ -56,7 +62,7 @@ def _make_module(layer, implementation, window=None):
 
 
 def _jax_case(name, function, arguments, direction):
-    """`function(*arguments)`, or it and all gradients; `arguments()` gives pytrees, placed."""
+    """Times `function`, or it and all gradients. `arguments()` returns its arguments on their devices."""
 
     def both(*arguments):
         out, vjp = jax.vjp(function, *arguments)
@@ -85,7 +91,7 @@ def _layer_case(name, layer, direction, **options):
 
 
 def _torch_case(name, build, layer, direction, compiled=False):
-    """A PyTorch module that `build(layer)` returns, on maps [B, C, H, W]."""
+    """Times the PyTorch module that `build(layer)` returns, on maps [B, C, H, W]."""
 
     def make():
         torch, device, dtype = timing.torch_device(_DTYPE.value)
@@ -122,7 +128,7 @@ def _lucidrains_layer(layer):
     from halonet_pytorch import HaloAttention
 
     if layer.value_channels != layer.channels:
-        raise NotImplementedError("values are as wide as keys there")
+        raise NotImplementedError("its values are as wide as its keys")
     return HaloAttention(
         dim=layer.channels, block_size=layer.block_size, halo_size=layer.halo_size, dim_head=layer.channels // layer.heads,
         heads=layer.heads,
@@ -130,7 +136,7 @@ def _lucidrains_layer(layer):
 
 
 def _flex_layer(layer):
-    """Halo attention with PyTorch's flex_attention, compiled: windows are in memory, logits are not."""
+    """Returns halo attention with PyTorch's compiled flex_attention. Windows are in memory, logits are not."""
     import torch
     from torch.nn import functional
     from torch.nn.attention.flex_attention import flex_attention
@@ -138,7 +144,7 @@ def _flex_layer(layer):
     b, h, heads = layer.block_size, layer.halo_size, layer.heads
     window, channels, value_channels = b + 2 * h, layer.channels // heads, layer.value_channels // heads
     if layer.height % b or layer.width % b:
-        raise NotImplementedError(f"maps that b={b} does not divide")
+        raise NotImplementedError(f"b={b} must divide the map")
     rows, cols = layer.height // b, layer.width // b
     index = torch.arange(window)[None] - torch.arange(b)[:, None] + b - 1
     attend = torch.compile(flex_attention)
@@ -172,7 +178,7 @@ def _flex_layer(layer):
 
 
 def _layer_cases(layer, direction):
-    """All contestants, ours first."""
+    """Returns all contestants, ours first."""
     window = (layer.block_size + 2 * layer.halo_size) // 2 * 2 - 1
     window = max(window, 1)
     known = timing.ours(_OURS.value, reference=True)
@@ -190,7 +196,7 @@ def _layer_cases(layer, direction):
 
 
 def _operator_cases(layer, direction):
-    """Our implementations of `ops.halo_attention`."""
+    """Returns our implementations of `ops.halo_attention` as contestants."""
     rng, n = np.random.default_rng(0), layer
     shape = n.batch, n.height, n.width, n.heads
     channels, table = n.channels // n.heads, 2 * n.block_size + 2 * n.halo_size - 1
@@ -206,14 +212,14 @@ def _operator_cases(layer, direction):
 
 
 def _floor_table(layer, itemsize, rates):
-    """`{direction: {resource: seconds}}`."""
+    """Returns the floors, `{direction: {resource: seconds}}`."""
     work = {"forward": floors.forward(layer, itemsize)}
     work["forward + backward"] = floors.total(work["forward"], floors.backward(layer, itemsize))
     return {direction: work.seconds(rates) for direction, work in work.items()}
 
 
 def _print_floors(itemsize):
-    print(f"Floors in µs at batch {_BATCH.value}, {_DTYPE.value}: bytes / multiply-adds / exponentials; the highest counts.\n")
+    print(f"Floors in µs at batch {_BATCH.value}, {_DTYPE.value}: bytes / multiply-adds / exponentials. The highest one counts.\n")
     print("| layer | direction |" + "".join(f" {device} |" for device in _FLOORS.value))
     print("|---|---|" + "--:|" * len(_FLOORS.value))
     for name in _LAYERS.value:
@@ -226,7 +232,10 @@ def _print_floors(itemsize):
 
 
 def _shares(layer, columns):
-    """The share of the highest floor that each operator reaches, as notes for its table; None where the rates are not known."""
+    """Returns the share of the highest floor that each operator reaches, as notes for its table.
+
+    Returns None if the device's rates are unknown or the dtype is not bfloat16.
+    """
     rates = floors.rates(jax.devices()[0].device_kind)
     if rates is None or _DTYPE.value != "bfloat16":
         return None

@@ -1,8 +1,10 @@
-"""A rival of our input pipeline: PyTorch's DataLoader with Pillow, the transforms written as torchvision and timm call it.
+"""A peer of our input pipeline: PyTorch's DataLoader with Pillow.
 
-RandAugment has all sixteen ops of `halonet_jax.data.randaugment` at the same strengths, nearest pixels and gray fill included.
-Images are resized with Pillow's bicubic filter, which averages over as many pixels as it shrinks; draws are Python's. Batches are
-uint8 [B, S, S, 3] in shared memory.
+The transforms call Pillow as torchvision and timm do.
+
+RandAugment has all sixteen operations of `halonet_jax.data.randaugment` at the same strengths, with nearest pixels and
+gray fill. Pillow's bicubic filter widens as it shrinks the image, so it averages. Random numbers are Python's. Batches
+are uint8 [B, S, S, 3] in shared memory.
 """
 
 import math
@@ -17,7 +19,13 @@ _GRAY = (128, 128, 128)
 
 
 def batches(c):
-    """Endless batches, `{"image": uint8 [B, S, S, 3], "label": int64 [B]}`, from as many worker processes as cores."""
+    """Returns endless batches, `{"image": uint8 [B, S, S, 3], "label": int64 [B]}`.
+
+    There are as many worker processes as cores.
+
+    Args:
+        c: the config's `data` block with `batch` and `cores`, see `bench_input.py`.
+    """
     dataset = _Photos(c)
     endless = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     return iter(torch.utils.data.DataLoader(dataset, c.batch, sampler=endless, num_workers=c.cores))
@@ -128,8 +136,8 @@ def _cutout(image, m):
 
 
 _OPS = (
-    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness, _sharpness, _shear_x,
-    _shear_y, _translate_x, _translate_y, _cutout,
+    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness,
+    _sharpness, _shear_x, _shear_y, _translate_x, _translate_y, _cutout,
 )  # fmt: skip
 
 

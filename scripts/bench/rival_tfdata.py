@@ -1,9 +1,9 @@
-"""A rival of our input pipeline: tf.data, with its decoding that is fused with the crop, and RandAugment of TensorFlow's ops.
+"""A peer of our input pipeline: tf.data, with fused decoding and cropping, and RandAugment of TensorFlow operations.
 
-`decode_and_crop_jpeg` leaves out what lies outside of the crop. Unlike ours, images are resized in one step however much they
-shrink, without averaging, in float32, which is rounded to uint8 after it. RandAugment has all sixteen ops of
-`halonet_jax.data.randaugment` at the same strengths, nearest pixels and gray fill included, and runs only those drawn. It differs
-in that blended values are truncated, not rounded, and that draws are TensorFlow's.
+`decode_and_crop_jpeg` decodes only the crop. Unlike ours, an image is resized in one step, without averaging, however
+much it shrinks. That happens in float32, and the result is rounded to uint8. RandAugment has all sixteen operations of
+`halonet_jax.data.randaugment` at the same strengths, with nearest pixels and gray fill, and runs only the drawn ones.
+Two things differ: blended values are truncated instead of rounded, and random numbers are TensorFlow's.
 """
 
 import math
@@ -17,7 +17,12 @@ _GRAY = 128
 
 
 def batches(c, method):
-    """Endless batches, `{"image": uint8 [B, S, S, 3], "label": int32 [B]}`; `method` is how images are resized."""
+    """Returns endless batches, `{"image": uint8 [B, S, S, 3], "label": int32 [B]}`.
+
+    Args:
+        c: the config's `data` block with `batch` and `cores`, see `bench_input.py`.
+        method: of `tf.image.resize`, such as "bicubic".
+    """
     names = sorted(os.listdir(os.path.join(c.dir, c.train_split)))
     folders = [os.path.join(c.dir, c.train_split, name) for name in names]
     files, labels = zip(*((os.path.join(folder, f), i) for i, folder in enumerate(folders) for f in os.listdir(folder)))
@@ -98,7 +103,7 @@ def _sharpness(image, m):
     kernel = tf.tile(tf.reshape([1.0, 1, 1, 1, 5, 1, 1, 1, 1], (3, 3, 1, 1)) / 13, (1, 1, 3, 1))
     smooth = tf.nn.depthwise_conv2d(tf.cast(image, tf.float32)[None], kernel, (1, 1, 1, 1), "VALID")[0]
     inner = _blend(tf.round(smooth), image[1:-1, 1:-1], m)
-    rows = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)  # the outermost pixels stay
+    rows = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)  # keep the outermost pixels
     return tf.concat([image[:1], rows, image[-1:]], 0)
 
 
@@ -137,8 +142,8 @@ def _near(side, half):
 
 
 _OPS = (
-    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness, _sharpness, _shear_x,
-    _shear_y, _translate_x, _translate_y, _cutout,
+    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness,
+    _sharpness, _shear_x, _shear_y, _translate_x, _translate_y, _cutout,
 )  # fmt: skip
 
 

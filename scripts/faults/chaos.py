@@ -1,14 +1,18 @@
-"""Kills a training run at random moments until it has come to its end in spite of it, and compares it with one left alone.
+"""Kills a training run at random moments until it completes, and compares it with an undisturbed run.
 
-    python scripts/faults/chaos.py --workdir=runs/chaos                                 # one process, 30 kills
+    python scripts/faults/chaos.py --workdir=runs/chaos                              # one process, 30 kills
     python scripts/faults/chaos.py --workdir=runs/chaos2 --processes=2 --devices=2  # two processes, two devices each
-    python scripts/faults/chaos.py --workdir=runs/chaos3 --processes=2 --move           # restarted on other meshes now and then
+    python scripts/faults/chaos.py --workdir=runs/chaos3 --processes=2 --move          # some restarts on other meshes
 
-Arguments that it does not know go to the training, after those of RECIPE. A run that ends before all kills are done is compared
-and followed by another. Held true: every start resumes from the newest finished checkpoint, none of which is lost or damaged;
-the reports (less rates) and every array of the last checkpoint are those of the undisturbed run, bit for bit. With --move,
-where sums over devices change their order, the same steps are reported and losses agree within --tolerance.
-Exit code: 0 where all held, 1 where not.
+Unknown arguments go to the training, after those of RECIPE. If a run completes before all kills are done, it is
+compared, and another run starts. The script checks:
+
+- Every start resumes from the newest finished checkpoint. No finished checkpoint is lost or damaged.
+- The reports (without rates) and every array of the last checkpoint equal those of the undisturbed run, bit for bit.
+- With --move, sums over devices change their order. Then the same steps must be reported, and losses must agree within
+  --tolerance.
+
+Exit code: 0 if all of this holds, 1 if not.
 """
 
 import argparse
@@ -27,24 +31,25 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
-# Reports, evaluations and checkpoints at steps that are no multiples of one another.
+# The intervals of reports, evaluations and checkpoints are no multiples of each other.
 RECIPE = [
     "--config=configs/digits.py", "--config.num_epochs=12", "--config.checkpoint_every_steps=7", "--config.log_every_steps=10",
     "--config.eval_every_epochs=3", "--config.model.bn_group_size=8",
 ]  # fmt: skip
 VARYING = ("images_per_second", "input_wait")
 MOVES = ((1, 1), (1, 2), (2, 1), (2, 2))  # processes, devices of each
-# How a process may end that is killed, or whose peer is: saved, peer lost, the signals themselves, JAX's abort.
+# Exit codes that a kill may cause, of the process or of its peer: saved, peer lost, the signals themselves, JAX's
+# abort.
 EXPECTED = {0, 75, 69, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGABRT}
-PATIENCE = 600  # seconds in which a start must get anywhere
+PATIENCE = 600  # seconds within which a start must make progress
 
 
 class _Broken(Exception):
-    """What must hold does not."""
+    """A condition of this script does not hold."""
 
 
 class _Run:
-    """One start of the training, on `processes` of `devices` each. Output goes to files, which nobody must keep reading."""
+    """One start of the training, on `processes` with `devices` each. The output goes to files."""
 
     def __init__(self, command, workdir, processes, devices):
         self.checkpoints = workdir / "checkpoints"
@@ -74,7 +79,7 @@ class _Run:
         return [process for process in self.processes if process.poll() is None]
 
     def wait(self, seconds):
-        """Waits for all to end, and kills those that do not."""
+        """Waits for all processes to end, and kills those that do not. Returns the killed ones."""
         deadline = time.monotonic() + seconds
         while self.running() and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -91,7 +96,7 @@ def _finished_checkpoints(workdir):
     return {int(path.name) for path in folder.iterdir() if path.name.isdigit()} if folder.exists() else set()
 
 
-# --- moments at which to kill; each waits until `reached`, or until the run has ended
+# --- moments of a kill: each returns a function that is True once the moment has come, and seconds between its calls
 
 
 def _during_a_save(run, rng, _):
@@ -123,7 +128,7 @@ MOMENTS = (_during_a_save, _during_a_save, _after_a_report, _while_compiling, _a
 
 
 def _disturb(run, rng, duration):
-    """Kills once; returns what it did, or None where the run ended before."""
+    """Kills once. Returns (signal, processes, moment), or None if the run ended before."""
     moment = rng.choice(MOMENTS)
     number = rng.choice((signal.SIGKILL, signal.SIGTERM))
     some = rng.sample(run.processes, rng.choice((1, len(run.processes))))
@@ -138,11 +143,11 @@ def _disturb(run, rng, duration):
     for process in some:
         process.send_signal(number)
     who = "the process" if len(run.processes) == 1 else "one process" if len(some) == 1 else "all processes"
-    return number.name, who, moment.__name__.replace("_", " ")
+    return number.name, who, moment.__name__.strip("_").replace("_", " ")
 
 
 def _one_run(command, layout, workdir, rng, kills, duration, moves):
-    """Starts the training again and again until it is done; returns what was killed, and how many starts that took."""
+    """Starts the training again and again until it completes. Returns the kills and the number of starts."""
     done, starts, newest = [], 0, 0
     while True:
         starts += 1
@@ -156,20 +161,20 @@ def _one_run(command, layout, workdir, rng, kills, duration, moves):
         codes, text = [process.returncode for process in run.processes], run.output()
         resumed = re.search(r"step (\d+) of \d+", text)
         if resumed and int(resumed[1]) != newest:
-            raise _Broken(f"resumed from step {resumed[1]}, though checkpoint {newest} was there\n{text}")
+            raise _Broken(f"resumed from step {resumed[1]} instead of checkpoint {newest}\n{text}")
         steps = _finished_checkpoints(workdir)
         if max(steps, default=0) < newest or (workdir / "damaged_checkpoints").exists():
-            raise _Broken(f"checkpoint {newest} was lost or damaged; there are {sorted(steps)}\n{text}")
+            raise _Broken(f"checkpoint {newest} was lost or damaged; left are {sorted(steps)}\n{text}")
         newest = max(steps, default=0)
         if kill:
             done.append(kill)
-            forced = f", {len(late)} waited on and had to be killed" if late else ""
+            forced = f", {len(late)} did not end and were killed" if late else ""
             print(
                 f"  {len(done):3}  {kill[0]} to {kill[1]} {kill[2]}, on {here[0]} x {here[1]}: codes {codes}, newest checkpoint "
                 f"{newest}{forced}",
                 flush=True,
             )
-        # At start-up, before signals are heeded, processes may wait long for one that is gone.
+        # During start-up, a process may wait long for one that is gone.
         if set(codes) - EXPECTED or (late and not (kill and kill[2] == "anywhere")):
             raise _Broken(
                 f"exit codes {codes}, {len(late)} did not end\n" + "\n".join(run.output(index) for index in range(len(codes)))
@@ -200,7 +205,7 @@ def _arrays(workdir):
 
 
 def _compare(workdir, undisturbed):
-    """Bit for bit; returns what was compared."""
+    """Compares two runs bit for bit. Returns a summary."""
     ours, theirs = _reports(workdir), _reports(undisturbed)
     if ours != theirs:
         wrong = next((pair for pair in zip(ours, theirs) if pair[0] != pair[1]), (len(ours), len(theirs)))
@@ -216,7 +221,7 @@ def _compare(workdir, undisturbed):
 def _compare_losses(workdir, undisturbed, tolerance):
     ours, theirs = _reports(workdir), _reports(undisturbed)
     if [line["step"] for line in ours] != [line["step"] for line in theirs]:
-        raise _Broken("other steps are reported")
+        raise _Broken("the runs report different steps")
     off = [
         abs(x[key] / y[key] - 1)
         for x, y in zip(ours, theirs)
@@ -229,19 +234,20 @@ def _compare_losses(workdir, undisturbed, tolerance):
 
 
 def main():
+    """Parses the arguments, kills and compares. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="where the runs go; must not exist")
-    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="new folder for the runs")
+    parser.add_argument("--kills", type=int, default=30, help="number of kills, over all runs")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of moments, signals and meshes; how far a run is then differs still"
+        "--seed", type=int, default=0, help="of moments, signals and meshes; timing still differs"
     )
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="number of processes of a run")
     parser.add_argument("--devices", type=int, default=1, help="virtual CPU devices of each process")
     parser.add_argument(
-        "--move", action="store_true", help="restart on other numbers of processes and devices, half of the time"
+        "--move", action="store_true", help="restart half of the time on other numbers of processes and devices"
     )
-    parser.add_argument("--tolerance", type=float, default=1e-2, help="of losses with --move, relative")
-    parser.add_argument("--program", default="-m halonet_jax.train", help="what Python runs")
+    parser.add_argument("--tolerance", type=float, default=1e-2, help="largest relative difference of losses with --move")
+    parser.add_argument("--program", default="-m halonet_jax.train", help="arguments of Python that start the training")
     flags, training = parser.parse_known_args()
     if flags.workdir.exists():
         parser.error(f"{flags.workdir} exists; give another --workdir")
@@ -268,7 +274,7 @@ def main():
     print(f"\n{'signal':8} {'to':14} {'moment':16} kills")
     for (number, who, moment), count in sorted(collections.Counter(kills).items()):
         print(f"{number:8} {who:14} {moment:16} {count:5}")
-    print(f"{len(kills)} kills, {starts} starts, {len(compared)} runs brought to their end in {time.monotonic() - begin:.0f} s")
+    print(f"{len(kills)} kills, {starts} starts, {len(compared)} runs completed in {time.monotonic() - begin:.0f} s")
     print("every start resumed from the newest finished checkpoint; none was lost or damaged")
     return 0
 
