@@ -1,8 +1,8 @@
 """Kills a training run at random moments until it completes, and compares it with an undisturbed run.
 
-    python scripts/faults/chaos.py --workdir=runs/chaos                              # one process, 30 kills
+    python scripts/faults/chaos.py --workdir=runs/chaos                               # one process, 30 kills
     python scripts/faults/chaos.py --workdir=runs/chaos2 --processes=2 --devices=2  # two processes, two devices each
-    python scripts/faults/chaos.py --workdir=runs/chaos3 --processes=2 --move          # some restarts on other meshes
+    python scripts/faults/chaos.py --workdir=runs/chaos3 --processes=2 --move       # some restarts on other meshes
 
 Unknown arguments go to the training, after those of RECIPE. If a run completes before all kills are done, it is
 compared, and another run starts. The script checks:
