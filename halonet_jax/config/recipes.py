@@ -65,7 +65,7 @@ def sibling(recipe: str | Path, name: str) -> ml_collections.ConfigDict:
 
 
 def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collections.ConfigDict:
-    """Applies the argument of a recipe: the part after the colon in `--config=configs/h4.py:smoke`.
+    """Applies the argument of a recipe, the part after the colon in `--config=configs/h4.py:smoke`.
 
     Args:
         config: a recipe's config; "smoke" changes it in place.

@@ -14,7 +14,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
     Args:
         config: the whole config; `schedule` and `batch_size` are read.
         total_steps: steps of the whole schedule, at least 1.
-        steps_per_epoch: for the warm-up, which is given in epochs.
+        steps_per_epoch: converts the warm-up from epochs to steps.
 
     Returns:
         A function from the step to the learning rate.

@@ -65,7 +65,7 @@ def make_programs(
         task: the task of the config.
         mesh: from `sharding.make_mesh`.
         total_steps: steps of the whole schedule.
-        steps_per_epoch: for the warm-up, which is given in epochs.
+        steps_per_epoch: converts the warm-up from epochs to steps.
     """
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule)

@@ -95,7 +95,7 @@ def measure(cases: list[Case], repeats: int, label: str) -> dict[str, Timing]:
 
     Args:
         cases: the contestants.
-        repeats: rounds, in each of which every case runs once.
+        repeats: number of rounds. Each round runs every case once.
         label: shown with the progress.
 
     Returns:
