@@ -50,7 +50,7 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     code = 0
     try:
         app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags))
-    except SystemExit as done:  # absl's way to return
+    except SystemExit as done:  # absl always exits this way
         code = done.code or 0
     except errors.UserError as error:
         code = _fail(error, stopping.EXIT_BAD_INPUT)

@@ -55,7 +55,7 @@ class Knob(NamedTuple):
 
 # fmt: off
 RUN = (
-    Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # the largest that jax.random.key takes
+    Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # upper limit of jax.random.key
          "seed of initial parameters, order of examples, augmentation and dropout"),
     Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`"),
     Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "size of a training batch, over all devices and hosts"),

@@ -74,7 +74,7 @@ def _set(config, key, knob, value):
     *section, name = key.split(".")
     try:
         (config[section[0]] if section else config)[name] = value
-    except OverflowError:  # a whole number too large for the float it stands for
+    except OverflowError:  # a whole number too large for a float
         raise problem from None
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from halonet_jax.costs import chips
 from halonet_jax.models import variants
 
-# Pixels a side at which the recipes train (paper, table 3).
+# Training resolutions of the recipes: side of the images in pixels (paper, table 3).
 IMAGE_SIZES = dict(h0=256, h1=256, h2=256, h3=320, h4=384, h5=448, h6=512, h7=600)
 
 

@@ -57,7 +57,7 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
         a.set_title(title, fontsize=10.5, color=INK, linespacing=1.5)
         a.set(aspect="equal", xticks=[], yticks=[])
         a.grid(False)
-        first = b if panel == 0 else h  # of the query block's pixels
+        first = b if panel == 0 else h  # first pixel of the query block
         extent = size if panel == 0 else b + 2 * h
         for y in range(extent):
             for x in range(extent):

@@ -101,7 +101,7 @@ class StopRequest:
         outcome = self._worker.start(function)
         while not outcome.done.wait(0.1):
             if self.signal:
-                self._worker.end()  # it is busy
+                self._worker.end()  # it is busy with the function; another call gets a new one
                 self._worker = None
                 raise Stopped(self.signal)
         if outcome.error is not None:
@@ -139,7 +139,7 @@ class _Worker:
             except BaseException as error:
                 outcome.error = error
             outcome.done.set()
-            del item, function, outcome  # which may hold a donated state
+            del item, function, outcome  # they may hold a donated state
 
 
 class Watchdog:
@@ -187,4 +187,4 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(EXIT_LOST_PEER)  # nothing else ends what hangs
+                os._exit(EXIT_LOST_PEER)  # a hanging thread ends only with its process

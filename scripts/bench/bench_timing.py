@@ -26,7 +26,7 @@ OURS = {
     "tpu": {"einsum": einsum.attend, "fused TPU": tpu.attend},
 }
 SLOW_SECONDS = 2.0  # a call that takes longer is repeated fewer times
-QUEUED_SECONDS = 0.02  # of calls queued on an accelerator, so that the start of a call hardly counts
+QUEUED_SECONDS = 0.02  # length of a queue of calls on an accelerator; it hides the time to start a call
 PEERS = {"torch": "torch", "timm": "timm", "halonet_pytorch": "halonet-pytorch"}  # module: distribution
 
 
