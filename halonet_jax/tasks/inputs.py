@@ -1,4 +1,4 @@
-"""A run's input: the opened splits, and this process's share of every batch."""
+"""The input of a run: the opened splits, and the part of every batch that this process loads."""
 
 from typing import Any
 
@@ -13,9 +13,9 @@ class Inputs:
     """Makes the loaders of a run.
 
     Args:
-        config: the whole config; `data`, `seed` and the batch sizes are read.
-        task: gives the transforms.
-        train_source: the training split; None where only evaluation is wanted.
+        config: the whole config. Only `data`, `seed` and the batch sizes are read.
+        task: provides the transforms.
+        train_source: the training split. None is enough for evaluation.
         eval_source: the evaluation split.
     """
 
@@ -26,18 +26,22 @@ class Inputs:
 
     @property
     def num_examples(self) -> int:
-        """Of the training split."""
+        """Number of examples in the training split."""
         return len(self._train_source)
 
     def train_batches(self, start_step: int) -> data.Loader:
-        """Endless batches from that of step `start_step + 1` on."""
+        """Returns endless training batches.
+
+        Args:
+            start_step: number of steps done. The first batch is that of step `start_step + 1`.
+        """
         return data.train_batches(
             self._train_source, self._task.transform(True), self._config.data, batch_size=self._config.batch_size,
             seed=self._config.seed, start_step=start_step, **self._share,
         )  # fmt: skip
 
     def eval_batches(self) -> data.Loader:
-        """The evaluation split once, in order."""
+        """Returns the batches of one pass over the evaluation split, in order."""
         batch_size = self._config.eval_batch_size or self._config.batch_size
         return data.eval_batches(
             self._eval_source, self._task.transform(False), self._config.data, batch_size=batch_size, **self._share
