@@ -11,21 +11,26 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from halonet_jax import ops
+from halonet_jax.models import checks
 
 
 class HaloAttention(nn.Module):
-    """Blocked local self-attention with haloing, ready for models of one's own (paper, section 2).
+    """Blocked local self-attention with haloing, ready for models of your own (paper, section 2).
 
     `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), value_channels]`. Queries, keys and values are 1x1 projections
-    without bias; there is no output projection, since a 1x1 conv follows in the paper's blocks. Relative tables are shared by
-    all heads. `halonet_jax.ops.halo_attention` documents `window`, `padding` and the operator.
+    without bias. There is no output projection, since a 1x1 conv follows in the paper's blocks. All heads share the relative
+    tables. Parameters do not depend on `window`, `padding` and `implementation`.
 
     Attributes:
         channels: width of queries and keys, over all heads.
         num_heads: must divide `channels` (into even parts) and `value_channels`.
-        value_channels: width of values; None: as `channels`.
-        implementation: as of the operator; where "pallas" does not support a shape, "xla" is taken and the reason logged.
-            Parameters are the same for all.
+        block_size: side of a block of queries, in pixels of the input (b).
+        halo_size: border around a block that keys come from as well, in pixels of the input (h).
+        value_channels: width of values over all heads; None: `channels`.
+        stride: pixels of the input per query, per axis.
+        window: which keys a query sees, see `ops.halo_attention`: "neighborhood" or "centered".
+        padding: what keys outside of the map do, see `ops.halo_attention`: "mask" or "zero".
+        implementation: see `ops.halo_attention`. Where "pallas" does not support a shape, "xla" is taken and the reason logged.
         dtype: of the computation; parameters are float32.
     """
 
@@ -42,12 +47,24 @@ class HaloAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        value_channels = self.value_channels or self.channels
-        if self.channels % (2 * self.num_heads) or value_channels % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must divide value_channels={value_channels} and, into even parts, "
-                f"channels={self.channels}"
-            )
+        """Attends.
+
+        Args:
+            x: `[B, H, W, C]`.
+
+        Returns:
+            `[B, ceil(H / stride), ceil(W / stride), value_channels]` in `dtype`.
+
+        Raises:
+            ValueError: the heads do not divide the widths, or `ops.halo_attention` finds another fault.
+        """
+        value_channels = self.channels if self.value_channels is None else self.value_channels
+        for name, value, least in (
+            ("channels", self.channels, 1), ("value_channels", value_channels, 1), ("block_size", self.block_size, 1),
+            ("halo_size", self.halo_size, 0), ("stride", self.stride, 1),
+        ):  # fmt: skip
+            checks.whole(name, value, least)
+        checks.heads(self.num_heads, self.channels, value_channels)
 
         def project(x, channels, name):
             x = nn.Dense(channels, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name)(x)
@@ -78,7 +95,13 @@ class HaloAttention(nn.Module):
 
     @nn.nowrap
     def choose(self, batch: int, height: int, width: int) -> ops.Choice:
-        """The implementation that attends a map of this size, and why it is not the fused kernels."""
+        """Returns the implementation that attends a map, with the reason where it is not the fused kernels.
+
+        Args:
+            batch: number of maps.
+            height: rows of the map, in pixels.
+            width: columns of the map, in pixels.
+        """
         split = lambda stride, channels: jax.ShapeDtypeStruct(
             (batch, -(-height // stride), -(-width // stride), self.num_heads, channels // self.num_heads), self.dtype
         )
@@ -99,11 +122,17 @@ class BatchNorm(nn.Module):
 
     In training, the batch is cut into consecutive groups of `group_size` examples, each normalised by its own statistics;
     the running statistics move by the mean over groups. A result then does not depend on how many devices there are, and
-    nothing is reduced across devices where groups lie within one. 0 is one group: the whole batch. For the backward pass, the
-    input and the statistics are kept, and nothing else.
+    nothing is reduced across devices where groups lie within one. For the backward pass, the input and the statistics are
+    kept, and nothing else.
 
-    Raises:
-        ValueError: in training, where `group_size` does not divide the batch.
+    Attributes:
+        use_running_average: normalise by the running statistics, which then stay as they are.
+        group_size: examples that share statistics; 0: the whole batch.
+        activation: function on arrays, applied to the result.
+        momentum: share of the old running statistics in the new ones.
+        epsilon: added to the variance.
+        dtype: of the result; statistics and parameters are float32.
+        scale_init: initializer of the scale.
     """
 
     use_running_average: bool
@@ -116,6 +145,17 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Normalises.
+
+        Args:
+            x: `[B, ..., C]`.
+
+        Returns:
+            An array like `x`, in `dtype`.
+
+        Raises:
+            ValueError: statistics are of the batch, and `group_size` does not divide it.
+        """
         channels = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -218,7 +258,13 @@ def max_pool(x: jax.Array) -> jax.Array:
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gates from the map's mean (arXiv 1709.01507). `[B, H, W, C] -> [B, H, W, C]`."""
+    """Channel gates from the map's mean (arXiv 1709.01507).
+
+    Attributes:
+        ratio: inner width over the width of the map; the inner width is at least 1.
+        activation: function on arrays, between the two layers.
+        dtype: of the computation; parameters are float32.
+    """
 
     ratio: float
     activation: Callable
@@ -226,6 +272,14 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Multiplies each channel by its gate.
+
+        Args:
+            x: `[B, H, W, C]`.
+
+        Returns:
+            `[B, H, W, C]`.
+        """
         gate = x.mean((1, 2), keepdims=True)
         gate = nn.Dense(max(1, round(x.shape[-1] * self.ratio)), dtype=self.dtype, name="squeeze")(gate)
         gate = nn.Dense(x.shape[-1], dtype=self.dtype, name="excite")(self.activation(gate))
@@ -233,7 +287,33 @@ class SqueezeExcite(nn.Module):
 
 
 def stochastic_depth(x: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
-    """Zeroes whole examples of `[B, ...]` with probability `rate`, scaling the rest to keep the mean (arXiv 1603.09382)."""
+    """Zeroes whole examples at random and scales the others, so that the mean stays (arXiv 1603.09382).
+
+    Args:
+        x: `[B, ...]`.
+        rate: probability of an example to be zeroed, at least 0 and less than 1.
+        rng: a random key.
+
+    Returns:
+        An array like `x`.
+    """
     keep = jnp.asarray(1 - rate, jnp.float32)
     mask = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
     return x * (mask / keep).astype(x.dtype)
+
+
+def conv(features: int, kernel_size: int, stride: int = 1, **rest) -> nn.Conv:
+    """Returns a 2-D convolution without bias, `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]`.
+
+    It pads symmetrically: a strided output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are.
+
+    Args:
+        features: channels of the result.
+        kernel_size: side of the kernel, an odd number of pixels.
+        stride: pixels of the input per pixel of the result, per axis.
+        **rest: further attributes of `nn.Conv`.
+    """
+    return nn.Conv(
+        features, (kernel_size, kernel_size), (stride, stride), padding=kernel_size // 2, use_bias=False,
+        kernel_init=nn.initializers.he_normal(), conv_general_dilated=conv_general_dilated, **rest,
+    )  # fmt: skip
