@@ -29,10 +29,10 @@ PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that th
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
 # What a program for TPU depends on, with the recipe; reading data, logging, checkpoints, other devices' attention do not count.
 SOURCES = (
-    "config/__init__.py", "config/knobs.py", "config/recipes.py", "config/derived.py", "models/halonet.py", "models/layers.py",
-    "models/variants.py", "ops/halo_attention.py", "ops/tpu_kernels.py", "ops/tpu.py", "ops/per_device.py", "ops/selection.py",
-    "ops/einsum.py", "tasks/classification.py", "tasks/mixing.py", "training/step.py", "training/optimizer.py",
-    "training/programs.py", "training/sharding.py", "training/state.py",
+    "config/__init__.py", "config/knobs.py", "config/recipes.py", "config/derived.py", "models/__init__.py", "models/blocks.py",
+    "models/halonet.py", "models/layers.py", "models/variants.py", "ops/halo_attention.py", "ops/tpu_kernels.py", "ops/tpu.py",
+    "ops/per_device.py", "ops/selection.py", "ops/einsum.py", "tasks/classification.py", "tasks/mixing.py", "training/step.py",
+    "training/optimizer.py", "training/programs.py", "training/sharding.py", "training/state.py",
 )  # fmt: skip
 
 

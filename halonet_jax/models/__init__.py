@@ -78,7 +78,8 @@ def create(
     if stages is None:
         stages = variants.stages(variant)
     elif replaced := [key for key in variants.STAGE_OPTIONS if key in overrides]:
-        raise ValueError(f"{replaced[0]}={overrides[replaced[0]]!r} has no effect beside stages; set it in the blocks, or leave it out")
+        key = replaced[0]
+        raise ValueError(f"{key}={overrides[key]!r} has no effect beside stages; set it in the blocks, or leave it out")
     dropout_rate = settings.pop("dropout_rate")
     backbone = Backbone(
         stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"], activation=variant["activation"],

@@ -73,9 +73,8 @@ def entries(name: str, value, least: int, most: int, example) -> None:
         ValueError: `value` is neither a tuple nor a list (a string is none), or has another number of entries.
     """
     if not isinstance(value, (tuple, list)) or not least <= len(value) <= most:
-        words = {1: "one", 2: "two", 4: "four"}
-        count = words[most] if least == most else f"{words[least]} or {words[most]}"
-        raise ValueError(f"{name}={value!r} must have {count} entries in a tuple{_for_example(name, example)}")
+        count = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{name}={value!r} must be a tuple of {count} entries{_for_example(name, example)}")
 
 
 def heads(num_heads: int, channels: int, value_channels: int) -> None:

@@ -1,6 +1,7 @@
 """Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules that a variant obeys."""
 
 import dataclasses
+import math
 
 from halonet_jax.models import checks
 from halonet_jax.models.blocks import KINDS, BlockSpec, Stages
@@ -70,8 +71,8 @@ VARIANTS = {
 
 # What describes the stages; the others of `DEFAULTS` describe stem, activation and the last convolution.
 STAGE_OPTIONS = (
-    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio", "se_ratio",
-    "se_kinds",
+    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio",
+    "se_ratio", "se_kinds",
 )  # fmt: skip
 
 
@@ -127,7 +128,8 @@ def stages(variant: dict) -> Stages:
                 se_ratio=v["se_ratio"] if kind in v["se_kinds"] else 0.0, **options,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"stage {stage + 1}, which is {width} wide (base_width={v['base_width']}): {error}") from None
+            about = f"base_width={v['base_width']}, value_ratio={v['value_ratio']}"
+            raise ValueError(f"stage {stage + 1} is {width} wide ({about}): {error}") from None
         found.append((block, *(dataclasses.replace(block, stride=1),) * (depth - 1)))
     return tuple(found)
 
@@ -151,8 +153,8 @@ def _check(variant):
         checks.real(key, v[key], 0, open_ends=True, example=DEFAULTS[key])
     if v["base_width"] * v["expansion_ratio"] < 1:
         raise ValueError(
-            f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use at "
-            f"least {1 / v['base_width']:.3g}"
+            f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use "
+            f"{math.ceil(1000 / v['base_width']) / 1000} or more"
         )
     checks.real("se_ratio", v["se_ratio"], 0, 1)
     if v["se_ratio"] and not set(v["se_kinds"]) & set(v["stage_kinds"]):
