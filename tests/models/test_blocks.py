@@ -91,7 +91,7 @@ def test_a_detector_backbone_replaces_the_last_three_convolutions():
         ({"query_width": 6}, "num_heads=2 must divide 6 channels of queries into even parts; .* a multiple of 4"),
         ({"value_width": 9}, "num_heads=2 must divide 9 channels of values; .* a multiple of 2"),
         ({"block_size": None}, "block_size=None must be"),
-        ({"se_ratio": -1}, "se_ratio=-1 must be a finite number, at least 0 and at most 1"),
+        ({"se_ratio": -1}, "se_ratio=-1 must be a finite number between 0 and 1"),
     ],
 )
 def test_bad_blocks(options, message):
