@@ -150,7 +150,7 @@ def prepare(
         _print_start(config, state, len(train_source), metadata, start_step, last_step, program)
     reporter = reporting.Reporter(
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
-        tensorboard=config.tensorboard,
+        tensorboard=config.tensorboard, primary_metric=task.primary_metric,
     )  # fmt: skip
     stack.callback(reporter.close)
     profile = profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer)
@@ -182,11 +182,12 @@ def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) 
         return Result(stopping.EXIT_PREEMPTED, outcome.step, newest, best_step, str(run.workdir))
     if is_writer:
         try:
-            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
+            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png", metric)
         except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
             logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
         results = outcome.evaluation or newest
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith(f"/{metric}"))
+        keys = [key for key in (f"eval/{metric}", f"eval_ema/{metric}") if results.get(key) is not None]
+        scores = ", ".join(f"{key} {results[key]:.4f}" for key in keys)
         done = outcome.step > start_step
         status = f"done in {elapsed}" if done else f"nothing to do, step {outcome.step} was the last"
         print(

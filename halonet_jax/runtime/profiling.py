@@ -12,6 +12,7 @@ class ProfileWindow:
     Args:
         steps: `(first, last)`, counted from 1; (): none.
         directory: where the trace goes.
+        enabled: False on all processes but one: nothing is traced.
     """
 
     def __init__(self, steps: tuple[int, ...], directory: epath.Path, enabled: bool = True):
@@ -19,13 +20,22 @@ class ProfileWindow:
         self._directory, self._running = directory, False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """To be called before each step.
+
+        Args:
+            step: its number.
+        """
         if self._first <= step <= self._last and not self._running:
             jax.profiler.start_trace(str(self._directory))
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """To be called after each step with what it returned."""
+        """To be called after each step.
+
+        Args:
+            step: its number.
+            results: what it returned.
+        """
         if step >= self._last and self._running:
             jax.block_until_ready(results)
             self.close()
