@@ -28,16 +28,18 @@ def locate(workdir: str) -> epath.Path:
         workdir: local or `gs://`, as a user gives it.
 
     Raises:
-        ConfigError: it is empty, or its `~user` has no home folder.
+        ConfigError: it is empty, its `~user` has no home folder, or it holds a character that TensorStore cannot write below.
     """
     if not workdir:
         raise ConfigError("workdir is empty; give --workdir=FOLDER")
-    if "://" in workdir:
-        return epath.Path(workdir)
     try:
-        return epath.Path(Path(workdir).expanduser().resolve())
-    except RuntimeError as error:  # of expanduser; links in a circle, before Python 3.13
-        raise ConfigError(f"workdir {workdir} leads nowhere ({error}); give the whole path") from None
+        path = epath.Path(workdir if "://" in workdir else Path(workdir).expanduser().resolve())
+        str(path).encode()
+    except (RuntimeError, ValueError) as error:  # of expanduser; links in a circle; no UTF-8
+        raise ConfigError(f"workdir {workdir!r} leads nowhere ({storage.reason(error)}); give another --workdir") from None
+    if "\\" in str(path):
+        raise ConfigError(f"workdir {path} has a backslash, below which no checkpoint can be written; give another --workdir")
+    return path
 
 
 def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
