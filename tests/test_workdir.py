@@ -170,14 +170,11 @@ def test_something_in_the_place_of_checkpoints(content, remedy, workdir):
     assert not (workdir / "lease.json").exists()
 
 
-@pytest.mark.parametrize("name, cause, remedy", [
-    ("metrics.jsonl", None, "move away what is in its place"),
-    ("metrics.jsonl.tmp", None, "move away what is in its place"),
-    ("run.json", None, "move away what is in its place"),
-])  # fmt: skip
-def test_remedies_follow_the_cause(name, cause, remedy, workdir):
-    replace(workdir / name, cause)
-    with pytest.raises(errors.StorageError, match=f"{name.removesuffix('.tmp')} cannot be written .*{remedy}"):
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.tmp", "run.json"])
+def test_folder_in_the_place_of_a_file(name, workdir):
+    replace(workdir / name, None)
+    message = f"{name.removesuffix('.tmp')} cannot be written .*move away what is in its place"
+    with pytest.raises(errors.StorageError, match=message):
         train.train(config(8), str(workdir))
 
 
@@ -192,7 +189,8 @@ def test_checkpoints_of_version_0_1_0(workdir, whole):
         (path / "position" / "metadata").write_text(json.dumps(record | {"checksums": sums}))
         (path / "score.json").unlink(missing_ok=True)
         (path / "metrics").mkdir()
-        (path / "metrics" / "metrics").write_text(json.dumps({"top1": {"4": 0.9, "6": 0.3, "8": 0.5}[path.name]}))
+        scores = {"4": {"top1": 0.9}, "6": {}, "8": {"top1": 0.5}}  # 6 was not evaluated
+        (path / "metrics" / "metrics").write_text(json.dumps(scores[path.name]))
     assert weights.load(str(workdir), step="best").step == 4
     assert train.train(config(10), str(workdir)).best_step == 4
     assert numbers(workdir) == whole

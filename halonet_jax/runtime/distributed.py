@@ -29,6 +29,8 @@ def initialize(
 
     Args:
         coordinator_address: "host:port" of process 0, the same on all.
+        num_processes: how many processes the run has.
+        process_id: which of them this is, from 0.
         peer_timeout: seconds without a heartbeat after which the others of a lost process end.
 
     Raises:
@@ -66,10 +68,13 @@ def initialize(
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Runs the block on every process and waits for all; where one fails, all end rather than wait for it.
+    """Runs the block on every process and waits for all. Where one fails, all of them raise an error.
+
+    Args:
+        what: the block does, for the message.
 
     Raises:
-        DistributedError: where another process failed; on the one that failed, its own error.
+        DistributedError: another process failed. The one that failed raises its own error.
     """
     error = None
     try:
@@ -84,12 +89,24 @@ def together(what: str) -> Iterator[None]:
 
 
 def gather(value: float) -> np.ndarray:
-    """The value of each process, by process index."""
+    """Returns the value of each process, by process index. All processes must call it.
+
+    Args:
+        value: of this process; a number or an array of a shape that is the same on all.
+    """
     return np.asarray(multihost_utils.process_allgather(np.asarray(value))).reshape(-1)
 
 
 def check_same(what: str, text: str) -> None:
-    """Raises DistributedError where `text` is not the same on every process."""
+    """Checks that all processes have the same text. All of them must call it.
+
+    Args:
+        what: the text stands for, for the message.
+        text: of this process.
+
+    Raises:
+        DistributedError: a process has another text than process 0.
+    """
     others = np.flatnonzero((sums := gather(np.uint32(zlib.crc32(text.encode())))) != sums[0])
     if others.size:
         raise DistributedError(

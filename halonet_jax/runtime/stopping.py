@@ -57,12 +57,19 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """For a process alone: raises Stopped where a signal came. With several, which stop together, does nothing."""
+        """Looks for a signal. With several processes, which stop together, it does nothing.
+
+        Raises:
+            Stopped: a signal came.
+        """
         if self._alone and self.signal:
             raise Stopped(self.signal)
 
     def requested(self) -> bool:
-        """Whether to stop now; all processes agree. All of them must call it equally often, such as at every step."""
+        """Returns whether to stop now. All processes get the same answer.
+
+        All of them must call it equally often, such as at every step.
+        """
         if self._alone:
             return self.signal is not None
         # Not the step's own number: the service lets all stop at the call after the highest number that it has seen. For a
@@ -78,6 +85,9 @@ class StopRequest:
 
         A process alone runs it in a thread and keeps an eye on signals; with several processes it is called directly, and a
         signal takes effect at the next `requested`.
+
+        Args:
+            function: takes no arguments.
 
         Raises:
             Stopped: within a tenth of a second of a signal. The function may go on in its thread until the process ends.
@@ -155,7 +165,11 @@ class Watchdog:
             self._thread.join()
 
     def doing(self, what: str | None) -> None:
-        """What comes next, such as "step 17"; None: nothing that could hang."""
+        """Says what comes next, and restarts the count of seconds.
+
+        Args:
+            what: such as "step 17"; None: nothing that could hang.
+        """
         self._doing, self._since = what, time.monotonic()
 
     def _watch(self):
