@@ -105,9 +105,9 @@ def _tfds_builder(name, data_dir, flag):
     except tfds.core.registered.DatasetNotFoundError:
         # Its own message lists a thousand names.
         raise DataError(
-            f"data.name {name!r} is neither a TFDS data set nor prepared in data.dir {data_dir or '(default)'!r};"
-            f" set {_setting(flag, 'data.name')} to a name listed at https://www.tensorflow.org/datasets/catalog/overview, or {_setting(flag, 'data.dir')}"
-            " to where it is prepared"
+            f"data.name {name!r} is neither a TFDS data set nor prepared in data.dir {data_dir or '(default)'!r}; set"
+            f" {_setting(flag, 'data.name')} to a name listed at https://www.tensorflow.org/datasets/catalog/overview, or"
+            f" {_setting(flag, 'data.dir')} to where it is prepared"
         ) from None
     except (AssertionError, ValueError) as e:
         raise DataError(

@@ -112,7 +112,10 @@ def test_folder_mistakes(data_config, image_folder):
     (root / "train" / "cow").mkdir()
     assert "cow" in (message := _error(config, "train")) and "remove the folder" in message
     (root / "empty").mkdir()
-    assert "holds no image" in _error(config, "empty")
+    assert "no class folders" in _error(config, "empty")
+    (root / "empty" / "ant").mkdir()
+    assert "holds an image" in _error(config, "empty")
+    (root / "empty" / "ant").rmdir()
     config.train_split = "empty"
     assert "no class folders" in _error(config, "empty")
     assert "nor any other" in _error(data_config(source="folder", dir=str(root / "empty")), "train")
