@@ -5,7 +5,7 @@ Grain starts them and passes their batches. This module keeps three things away 
 - The examples travel in a file. Python writes what a new process gets to a pipe, and where it is more than the pipe
   holds and the process is killed before it reads, that blocks for ever.
 - The program's main module is not imported again: Grain pickles what belongs to it by value, and a worker of
-  `python -m halonet_jax.train` would import JAX.
+  `python -m halonet_jax.train` would import JAX. `worker_main` runs in its place.
 - Each worker leaves its number, so that one that does not end can be killed, and one that is gone is noticed.
 """
 
@@ -24,6 +24,7 @@ from halonet_jax.data.rows import Examples
 from halonet_jax.errors import DataError
 
 _EXAMPLES = "examples"
+_MAIN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker_main.py")
 
 
 class Workers:
@@ -37,7 +38,7 @@ class Workers:
     """
 
     def __init__(self, examples: Examples):
-        _skip_main_module()
+        _replace_main_module()
         try:
             self.folder = tempfile.mkdtemp(prefix="halonet_jax_loader_")
             with open(os.path.join(self.folder, _EXAMPLES), "wb") as f:
@@ -122,8 +123,8 @@ def _open(path):
         return cloudpickle.load(f)
 
 
-def _skip_main_module():
-    """Makes Python leave the main module out of what Grain's worker processes import; others are not affected."""
+def _replace_main_module():
+    """Makes Grain's worker processes run `worker_main` in place of the program's main module; others are not affected."""
     original = spawn.get_preparation_data
     if hasattr(original, "halonet_jax"):
         return
@@ -132,7 +133,7 @@ def _skip_main_module():
         found = original(name)
         if name.startswith("grain-process-prefetch"):
             found.pop("init_main_from_name", None)
-            found.pop("init_main_from_path", None)
+            found["init_main_from_path"] = _MAIN
         return found
 
     get_preparation_data.halonet_jax = True
