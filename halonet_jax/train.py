@@ -2,60 +2,57 @@
 
     python -m halonet_jax.train --config=configs/digits.py --workdir=runs/digits [--config.batch_size=128 …]
 
-Several hosts run the same command; TPU slices and Slurm are recognised, others give --coordinator_address and so on.
-Exit codes: 0 done; 2 bad config, data or checkpoint; 69 a lost process or a hang; 70 non-finite loss; 74 the workdir cannot
-be written; 75 stopped by a signal with the state saved. After 69 and 75 the same command resumes. The workdir holds
-`config.json`, `run.json` (versions, devices), `metrics.jsonl`, TensorBoard files, `learning_curve.png`, `checkpoints/` and
-`compile_cache/`.
+Several hosts run the same command. TPU slices and Slurm are recognised; elsewhere give --coordinator_address,
+--num_processes and --process_id. docs/training.md describes the workdir and the exit codes.
+
+In Python, `train(config, workdir)` does the same and returns a `Result`; it can be called again in the same process.
 """
 
-import functools
+import contextlib
+import dataclasses
 import time
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import ml_collections
 from absl import flags, logging
-from etils import epath
 from ml_collections import config_flags
 
-from halonet_jax import __version__, command_line, data, errors, tasks
+from halonet_jax import __version__, command_line, tasks
 from halonet_jax import config as config_lib
+from halonet_jax.errors import Stopped
 from halonet_jax.runtime import distributed, plots, profiling, reporting, stopping
 from halonet_jax.runtime import workdir as workdir_lib
-from halonet_jax.training import checkpoint, programs, sharding, state, step
-
-_CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; made where missing, resumed where not.")
-
-MAX_ROLLBACKS = 5  # of one run, after which a loss that is not finite stops it
+from halonet_jax.tasks.inputs import Inputs
+from halonet_jax.training import checkpoint, loop, programs, sharding
+from halonet_jax.training.progress import Progress
 
 
-class Run(NamedTuple):
-    """All that stays the same while a run lasts."""
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a call of `train` came to.
 
-    config: ml_collections.ConfigDict
-    workdir: epath.Path
-    programs: programs.Programs
-    train_source: data.Source
-    eval_source: data.Source
-    steps_per_epoch: float
-    last_step: int
-    checkpointer: checkpoint.Checkpointer
-    reporter: reporting.Reporter
-    profile: profiling.ProfileWindow
-    watchdog: stopping.Watchdog
-    stop: stopping.StopRequest
-    clock: reporting.StartUpClock
+    Attributes:
+        exit_code: 0, or 75 where a signal stopped it with the state saved.
+        step: the last step that was done.
+        metrics: the newest evaluation, such as `{"eval/top1": 0.99, "eval_ema/top1": 0.99, …}`; empty before the first.
+        best_step: of the checkpoint that evaluated best; None before the first evaluation.
+        workdir: the run's folder.
+    """
 
-
-def main() -> int:
-    """Entry point."""
-    return train(_CONFIG.value, _WORKDIR.value)
+    exit_code: int
+    step: int
+    metrics: dict[str, float]
+    best_step: int | None
+    workdir: str
 
 
-def train(config: ml_collections.ConfigDict, workdir: str) -> int:
-    """Runs the whole recipe, or what is left of it, and returns an exit code.
+def train(config: ml_collections.ConfigDict, workdir: str) -> Result:
+    """Runs the whole recipe, or what is left of it.
+
+    Args:
+        config: such as a recipe's `get_config()`.
+        workdir: folder of the run, local or `gs://`; created where it is missing.
 
     Raises:
         ConfigError, DataError, CheckpointError: for bad input, most of it before anything is compiled.
@@ -64,267 +61,168 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> int:
         StorageError: where the workdir can no longer be written.
     """
     begin = time.monotonic()
+    definition = tasks.find(config)
     sharding.use_cpu_cores(config_lib.independent_parts(config))  # before anything asks JAX for its devices
-    with stopping.StopRequest() as stop:
-        run, train_state, position = prepare(config, workdir, stop)
-        start_step = int(train_state.step)
+    config_lib.validate(config, jax.device_count())
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stopping.StopRequest())
+        watchdog = stack.enter_context(stopping.Watchdog(config.hang_timeout))
         try:
-            while True:
-                try:
-                    train_state, results = run_steps(run, train_state, position)
-                    break
-                except errors.NonFiniteLoss as error:
-                    train_state, position = roll_back(run, position, error)
-        except errors.Stopped:
-            print(
-                f"{stop.signal}: there was no step since the last start, nothing to save; the same command resumes", flush=True
-            )
-            return stopping.EXIT_PREEMPTED
-        finally:
-            run.profile.close()
-            run.reporter.close()
-            run.watchdog.doing("writing the last checkpoint")
-            run.checkpointer.close()
-            run.watchdog.doing(None)
+            run, state, progress = prepare(config, workdir, definition, stack, stop, watchdog)
+            start_step = int(state.step)
+            outcome = loop.run(run, state, progress)
+            del state  # donated
+        except Stopped:
+            print(f"{stop.signal}: nothing was done yet, so nothing is saved; the same command resumes", flush=True)
+            return Result(stopping.EXIT_PREEMPTED, 0, {}, None, str(workdir))
+        run.watchdog.doing("writing the last checkpoint")
+        run.checkpointer.wait()
         elapsed = reporting.format_seconds(time.monotonic() - begin)
-        return finish(run, start_step, int(train_state.step), results, elapsed)
+        return finish(run, outcome, start_step, elapsed)
 
 
-def prepare(config, workdir, stop) -> tuple[Run, state.TrainState, dict[str, Any]]:
-    """Config to data to state to programs: everything up to the first step. Returns also what the checkpoint says of data."""
+def prepare(
+    config: ml_collections.ConfigDict,
+    workdir: str,
+    definition: tasks.Definition,
+    stack: contextlib.ExitStack,
+    stop: stopping.StopRequest,
+    watchdog: stopping.Watchdog,
+) -> tuple[loop.Run, Any, Progress]:
+    """Everything up to the first step: config to data to state to programs.
+
+    Args:
+        config: validated.
+        workdir: as `train` takes it.
+        definition: of the config's task.
+        stack: closes what is opened here.
+        stop: interrupts what blocks.
+        watchdog: is told what goes on.
+
+    Returns:
+        The run, the state to start from, and the progress that belongs to it.
+    """
     clock = reporting.StartUpClock()
     is_writer = jax.process_index() == 0
-    config_lib.validate(config, jax.device_count())
     distributed.check_same("config or version", config_lib.to_json(config) + __version__ + jax.__version__)
 
-    # Data: what there is fixes the number of classes and of steps.
-    with distributed.together("opening the data"):
-        train_source = data.open_source(config.data, config.data.train_split)
-        eval_source = data.open_source(config.data, config.data.eval_split)
-        data.randaugment.check_ops(config.data.randaugment_ops)
-    distributed.check_same("data set", f"{len(train_source)} {len(eval_source)} {train_source.class_names}")
+    # Data: it fixes the number of classes and of steps.
+    watchdog.doing("opening the data")
+
+    def open_data():
+        with distributed.together("opening the data"):
+            return [definition.open_source(config, split) for split in (config.data.train_split, config.data.eval_split)]
+
+    train_source, eval_source = stop.interruptible(open_data)
+    metadata = definition.metadata(config, train_source)
+    distributed.check_same("data set", f"{len(train_source)} {len(eval_source)} {metadata}")
     steps_per_epoch = len(train_source) / config.batch_size
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
     last_step = min(total_steps, config.max_steps or total_steps)
-    workdir = workdir_lib.open_workdir(config, workdir)
+    watchdog.doing("opening the workdir")
+    workdir = stop.interruptible(lambda: workdir_lib.open_workdir(config, workdir))
     workdir_lib.use_compile_cache(workdir)
-    per_device = config.batch_size // config.optimizer.accumulation_steps // jax.device_count()
-    if config.model.bn_group_size and per_device % config.model.bn_group_size and is_writer:
-        message = "Batch-norm groups of %d images span devices, which hold %d each: their statistics travel in every layer"
-        logging.warning(message, config.model.bn_group_size, per_device)
+    _warn_of_batch_norm_groups(config)
     clock.lap("data")
 
-    # State: shapes first, so that it is born, or restored, where it shall lie.
+    # State: shapes first, so that it is created, or restored, with its final sharding.
     mesh = sharding.make_mesh(config.mesh.fsdp)
-    task = tasks.make_task(config, train_source.num_classes)
+    task = definition.make_task(config, metadata)
     program = programs.make_programs(config, task, mesh, total_steps, steps_per_epoch)
     checkpointer = checkpoint.Checkpointer(workdir / "checkpoints", config.checkpoints_to_keep)
+    stack.callback(checkpointer.close)
+    progress = Progress(metadata, len(train_source), config.batch_size)
+    watchdog.doing("creating or restoring the state")
     if checkpointer.latest_step() is None:
-        train_state, position = program.create_state(), describe_data(config, train_source)
+        state = stop.interruptible(lambda: jax.block_until_ready(program.create_state()))
     else:
-        train_state, position = checkpointer.restore(program.abstract_state)
-        check_same_data(position, describe_data(config, train_source))
-    jax.block_until_ready(train_state)
+        restore = lambda: checkpointer.restore(program.abstract_state, program.create_state)
+        state, record = stop.interruptible(lambda: jax.block_until_ready(restore()))
+        progress = Progress.from_record(record).continue_with(progress)
     clock.lap("state")
-    start_step = int(train_state.step)
+    start_step = int(state.step)
 
     if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
         workdir_lib.record_run(config, workdir)
-        parameters = sum(x.size for x in jax.tree.leaves(train_state.params))
-        hosts = f" on {jax.process_count()} hosts, {config.batch_size // jax.process_count()} images each"
-        print(
-            f"{config.model.name}: {parameters:,} parameters, {len(train_source):,} images, {train_source.num_classes} classes; "
-            f"step {start_step} of {last_step}, batch {config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} "
-            f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(mesh.shape)}\n  {program.description}",
-            flush=True,
-        )
+        _print_start(config, state, len(train_source), metadata, start_step, last_step, program)
     reporter = reporting.Reporter(
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
         tensorboard=config.tensorboard,
     )  # fmt: skip
-    run = Run(
-        config, workdir, program, train_source, eval_source, steps_per_epoch, last_step, checkpointer, reporter,
-        profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer),
-        stopping.Watchdog(config.hang_timeout), stop, clock,
+    stack.callback(reporter.close)
+    profile = profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer)
+    stack.callback(profile.close)
+    run = loop.Run(
+        config=config, task=task, workdir=workdir, programs=program, inputs=Inputs(config, task, train_source, eval_source),
+        steps_per_epoch=steps_per_epoch, last_step=last_step, checkpointer=checkpointer, reporter=reporter, profile=profile,
+        watchdog=watchdog, stop=stop, clock=clock,
     )  # fmt: skip
-    return run, train_state, position
+    return run, state, progress
 
 
-def run_steps(run: Run, train_state, position) -> tuple[state.TrainState, dict | None]:
-    """Steps up to the last, or to a signal. Returns the state and the evaluation of its step, where there was one.
+def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) -> Result:
+    """Draws the learning curve, prints where results are, and returns the `Result`.
 
-    Reports, evaluations and checkpoints come at fixed step numbers, so that a resumed run repeats none and skips none.
+    Args:
+        run: the run.
+        outcome: how the loop ended.
+        start_step: from which it started.
+        elapsed: time taken, as text.
     """
-    config, last_step, results = run.config, run.last_step, None
-    start_step = at_step = int(train_state.step)
-    eval_every = round(config.eval_every_epochs * run.steps_per_epoch) or last_step
-    step_metrics = reporting.StepMetrics(position.get("step_metrics", []))
-    estimate_at = min(start_step + 5, last_step - 1)
-
-    def save(top1=None):
-        run.watchdog.doing(f"saving step {at_step}")
-        now = position | describe_data(config, run.train_source) | {"step_metrics": step_metrics.collected()}
-        run.checkpointer.save(train_state, now | {"num_corrupt": num_corrupt()}, top1)
-
-    def num_corrupt():
-        return position.get("num_corrupt", 0) + int(distributed.gather(batches.num_corrupt).sum())
-
-    if start_step == last_step and reporting.last_evaluation(run.workdir).get("step") != last_step:
-        results = evaluate(run, train_state, last_step)  # which the last start did not come to
-    with data.train_batches(
-        run.train_source, config.data, batch_size=config.batch_size, seed=config.seed,
-        start_step=start_step + position.get("skipped_batches", 0), **_share(),
-    ) as loader:  # fmt: skip
-        batches = sharding.DeviceBatches(loader, run.programs.mesh)
+    is_writer, metric = jax.process_index() == 0, run.task.primary_metric
+    newest = reporting.last_evaluation(run.workdir)
+    best_step = run.checkpointer.best_step()
+    if outcome.stopped:
+        if is_writer:
+            done = f"saved step {outcome.step}" if outcome.saved else "there was no step since the last start, nothing to save"
+            print(f"{run.stop.signal}: {done} after {elapsed}; the same command resumes", flush=True)
+        return Result(stopping.EXIT_PREEMPTED, outcome.step, newest, best_step, str(run.workdir))
+    if is_writer:
         try:
-            for next_step, batch in zip(range(start_step + 1, last_step + 1), batches):
-                run.profile.before(next_step)
-                if at_step == start_step:
-                    run.clock.lap("first batch")
-                    first_step = functools.partial(run.programs.train_step, train_state, batch)
-                    train_state, metrics = jax.block_until_ready(run.stop.interruptible(first_step))
-                    run.clock.finish("compiling and the first step")
-                    run.reporter.start_clock(next_step)
-                    batches.pop_seconds_waited()
-                else:
-                    run.watchdog.doing(f"step {next_step}")
-                    train_state, metrics = run.programs.train_step(train_state, batch)
-                at_step = next_step
-                step_metrics.append(at_step, metrics)
-                run.profile.after(at_step, metrics)
-                if at_step == estimate_at:
-                    jax.block_until_ready(metrics)
-                    run.reporter.estimate(at_step)
-                stop = run.stop.requested()
-                if at_step % config.log_every_steps == 0 or at_step == last_step:
-                    values = step_metrics.pop_means() | {"data/corrupt": num_corrupt()}
-                    values |= {
-                        "learning_rate": float(run.programs.schedule(at_step - 1)),
-                        "epoch": at_step / run.steps_per_epoch,
-                    }
-                    run.reporter.train(at_step, values, batches.pop_seconds_waited())
-                    run.checkpointer.check()
-                # None shortly before the last step, which is evaluated anyway.
-                due = at_step % eval_every == 0 and last_step - at_step >= eval_every / 2
-                results = evaluate(run, train_state, at_step) if due or at_step == last_step else None
-                if results or stop or at_step % config.checkpoint_every_steps == 0:
-                    save(results and results.get("eval_ema/top1", results["eval/top1"]))
-                    run.reporter.restart_clock(at_step)
-                    batches.pop_seconds_waited()
-                if stop:
-                    break
-        except errors.DataError as error:
-            if jax.process_count() > 1 or at_step == start_step:
-                raise
-            save()  # Alone, so that none waits in a step that will not come.
-            raise errors.DataError(f"{error}. Step {at_step} is saved; the same command resumes") from None
-    return train_state, results
-
-
-def evaluate(run: Run, train_state, at_step) -> dict[str, float]:
-    """Evaluates raw and EMA weights in one pass over the evaluation split, and reports."""
-    config = run.config
-    batch_size = config.eval_batch_size or config.batch_size
-
-    def watched(batches):
-        for number, batch in enumerate(batches):
-            run.watchdog.doing(f"batch {number} of the evaluation of step {at_step}")
-            yield batch
-
-    with data.eval_batches(run.eval_source, config.data, batch_size=batch_size, **_share()) as loader:
-        batches = watched(sharding.DeviceBatches(loader, run.programs.mesh))
-        sums = step.evaluate(run.programs.eval_step, train_state.weights(), batches)
-        corrupt = int(distributed.gather(loader.num_corrupt).sum())
-    if not sums["eval"]["count"]:
-        raise errors.DataError(
-            f"no image of {config.data.eval_split!r} could be read, {corrupt} are corrupt; see the warnings above"
+            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
+        except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
+            logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
+        results = outcome.evaluation or newest
+        scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith(f"/{metric}"))
+        done = outcome.step > start_step
+        status = f"done in {elapsed}" if done else f"nothing to do, step {outcome.step} was the last"
+        print(
+            f"{status}: {scores}\n  results     {run.workdir}/metrics.jsonl, learning_curve.png\n"
+            f"  checkpoint  {run.workdir}/checkpoints/{outcome.step}",
+            flush=True,
         )
-    results = {f"{name}/{key}": value for name, total in sums.items() for key, value in step.means(total).items()}
-    results |= {"eval/count": sums["eval"]["count"], "eval/corrupt": corrupt}
-    run.reporter.evaluation(at_step, results)
-    return results
+    return Result(0, outcome.step, outcome.evaluation or newest, best_step, str(run.workdir))
 
 
-def roll_back(run: Run, position, error: errors.NonFiniteLoss) -> tuple[state.TrainState, dict[str, Any]]:
-    """With on_non_finite="skip": the last checkpoint, from which the batches up to the bad step are left out.
-
-    Raises:
-        NonFiniteLoss: with "stop", without a checkpoint, and after too many rollbacks; with advice.
-    """
-    run.watchdog.doing("going back to a checkpoint")
-    run.checkpointer.wait()
-    last = run.checkpointer.latest_step()
-    rollbacks = position.get("rollbacks", 0)
-    if run.config.on_non_finite == "stop" or last is None or rollbacks == MAX_ROLLBACKS:
-        error.args = (f"{error}. {_advice(run, last, rollbacks)}",)
-        raise error
-    train_state, restored = run.checkpointer.restore(run.programs.abstract_state)
-    step_after = int(train_state.step)
-    skipped = error.step - step_after
-    restored |= {"skipped_batches": position.get("skipped_batches", 0) + skipped, "rollbacks": rollbacks + 1}
-    logging.warning("%s. Back to checkpoint %d, past %d batches", error, step_after, skipped)
-    run.reporter.rewind(step_after)
-    return train_state, restored
+def _warn_of_batch_norm_groups(config):
+    per_device = config.batch_size // config.optimizer.accumulation_steps // jax.device_count()
+    if config.model.bn_group_size and per_device % config.model.bn_group_size and jax.process_index() == 0:
+        message = "Batch-norm groups of %d images span devices, which hold %d each: their statistics travel in every layer"
+        logging.warning(message, config.model.bn_group_size, per_device)
 
 
-def _advice(run, last, rollbacks):
-    saved = "No checkpoint was saved before" if last is None else f"Last good checkpoint: {run.workdir}/checkpoints/{last}"
-    if run.config.on_non_finite == "stop":
-        besides = ", or on_non_finite=skip"
-    else:
-        besides = f"; it went back {rollbacks} times" if rollbacks else ", or a smaller checkpoint_every_steps"
-    return (
-        f"{saved}. Try a lower schedule.learning_rate, more schedule.warmup_epochs, optimizer.clip_norm=1, "
-        f"model.dtype=float32{besides}"
+def _print_start(config, state, num_examples, metadata, start_step, last_step, program):
+    parameters = sum(x.size for x in jax.tree.leaves(state.params))
+    hosts = f" on {jax.process_count()} hosts, {config.batch_size // jax.process_count()} images each"
+    print(
+        f"{config.model.name}: {parameters:,} parameters, {num_examples:,} images, {len(metadata.get('class_names', []))} classes; "
+        f"step {start_step} of {last_step}, batch {config.batch_size} on {jax.device_count()} {jax.devices()[0].device_kind} "
+        f"device(s){hosts if jax.process_count() > 1 else ''}, mesh {dict(program.mesh.shape)}\n  {program.description}",
+        flush=True,
     )
 
 
-def finish(run: Run, start_step: int, at_step: int, results: dict | None, elapsed: str) -> int:
-    """Says where everything is; returns the exit code."""
-    is_writer = jax.process_index() == 0
-    if at_step < run.last_step:
-        if is_writer:
-            print(f"{run.stop.signal}: saved step {at_step} after {elapsed}; the same command resumes", flush=True)
-        return stopping.EXIT_PREEMPTED
-    if is_writer:
-        results = results or reporting.last_evaluation(run.workdir)
-        try:
-            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
-        except OSError as error:
-            logging.warning("No picture of the learning curve: %s", error)
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith("top1"))
-        status = f"done in {elapsed}" if at_step > start_step else f"nothing to do, step {at_step} was the last"
-        print(
-            f"{status}: {scores}\n  results     {run.workdir}/metrics.jsonl, learning_curve.png\n"
-            f"  checkpoint  {run.workdir}/checkpoints/{at_step}",
-            flush=True,
-        )
-    return 0
+def define_flags() -> None:
+    """Defines the flags of the command; not on import, so that several entries can be imported together."""
+    config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created where missing, resumed where not.")
 
 
-def describe_data(config, source: data.Source) -> dict:
-    """What, with the step and the seed, fixes the batches to come; saved in every checkpoint."""
-    return {"batch_size": config.batch_size, "num_examples": len(source), "class_names": list(source.class_names)}
-
-
-def check_same_data(saved: dict, now: dict) -> None:
-    """Refuses other classes, whose labels would lie; names other changes, after which batches are not what they would have been."""
-    if saved["class_names"] != now["class_names"]:
-        changed = sorted(set(saved["class_names"]) ^ set(now["class_names"])) or ["their order"]
-        raise errors.CheckpointError(
-            f"the checkpoint was trained on {len(saved['class_names'])} classes, the data has {len(now['class_names'])}, and they "
-            f"differ in {', '.join(changed[:5])}; give the data that it was trained on, or another --workdir"
-        )
-    for key in ("num_examples", "batch_size"):
-        if saved[key] != now[key]:
-            logging.warning(
-                "%s was %d and is %d: batches from here on are not those of an undisturbed run", key, saved[key], now[key]
-            )
-
-
-def _share():
-    return {"process_index": jax.process_index(), "process_count": jax.process_count()}
+def main() -> int:
+    """Runs the command and returns its exit code."""
+    return train(flags.FLAGS.config, flags.FLAGS.workdir).exit_code
 
 
 if __name__ == "__main__":
+    define_flags()
     command_line.run(main, required_flags=("config", "workdir"))

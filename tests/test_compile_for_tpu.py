@@ -1,6 +1,7 @@
 """The check whether a recipe fits a TPU slice: its search, its answers to bad input, and one small program compiled for a TPU."""
 
 import importlib.util
+import shutil
 import sys
 
 import entries
@@ -114,5 +115,24 @@ def test_the_table_goes_on_where_it_stopped_and_says_what_is_missing(tmp_path, m
     assert compiled == [("h7", "v5e:8x16", True), ("h7", "v5e:8x16", False)]
     rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if line.startswith("| `h7`")]
     # One second a step: 350 epochs of 1,281,167 images at 4,096 a second are 30.4 hours, 3,892 on 128 chips.
-    assert rows[0] == "| `h7` | fits |  | 4.00 | 2.00 | 100 | 122 | 1000 | 4,096 | 30.4 | 3,892 |  |"
-    assert all("not compiled yet" in row for row in rows[1:]) and len(rows) == 5
+    assert rows[:2] == ["| `h7` | fits |  | 4.00 | 2.00 | 100 | 122 |", "| `h7` | 1000 | 4,096 | 30.4 | 3,892 |  |"]
+    assert all("not compiled yet" in row for row in rows[2:]) and len(rows) == 6
+
+
+def test_the_stamp_covers_every_layer_of_a_step_and_sibling_recipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(tpu_table.metadata, "version", lambda name: "1.0")
+    for folder in ("configs", "halonet_jax"):
+        shutil.copytree(tpu_table.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tpu_table, "ROOT", tmp_path)
+    store = tpu_table.Store()
+    stamps = [store.code("h7_conv1")]
+    package = "halonet_jax"
+    for path in ("ops/einsum.py", "models/layers.py", "tasks/mixing.py", "config/knobs.py", "training/step.py"):
+        (tmp_path / package / path).open("a").write("\n")
+        stamps.append(store.code("h7_conv1"))
+    h7 = tmp_path / "configs" / "h7.py"
+    h7.write_text(h7.read_text().replace("return ", "config.ema_decay = 0.5\n    return "))
+    stamps.append(store.code("h7_conv1"))
+    assert len(set(stamps)) == len(stamps)
+    (tmp_path / package / "training" / "checkpoint.py").open("a").write("\n")
+    assert store.code("h7_conv1") == stamps[-1]

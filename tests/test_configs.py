@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax import data, models
+from halonet_jax import data, models, tasks
 from halonet_jax.costs import floors
-from halonet_jax.tasks import classification
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -38,11 +37,11 @@ def test_recipe(name):
 def test_smoke_recipe_forward_and_backward(name):
     config = load(name, "smoke")
     config_lib.validate(config, device_count=4)
-    task = classification.make_task(config, 10)
+    task = tasks.make_task(config, tasks.find(config).expected_metadata(config))
     draw = lambda x: jnp.asarray(np.random.default_rng(0).standard_normal(x.shape) * x.size**-0.25, x.dtype)
     params, model_state = jax.tree.map(draw, jax.eval_shape(task.init, jax.random.key(0)))
     source = data.open_source(config.data, "train")
-    with data.train_batches(source, config.data, batch_size=4, seed=0) as batches:
+    with data.train_batches(source, task.transform(True), config.data, batch_size=4, seed=0) as batches:
         batch = next(batches)
     gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), gradients = gradient(params, model_state, batch, jax.random.key(0))

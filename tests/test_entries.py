@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from entries import ROOT, checkpoints, command, evaluate, metrics, run, train, train_command
 
-from halonet_jax import train as train_entry
-from halonet_jax.training import checkpoint
+from halonet_jax import errors
+from halonet_jax.training.progress import Progress
 
 DIGITS = {
     "max_steps": 12, "log_every_steps": 5, "checkpoint_every_steps": 5, "profile_steps": "(7,8)", "tensorboard": True,
@@ -248,10 +248,10 @@ def test_evaluation_without_a_run_or_a_checkpoint(finished, tmp_path):
 
 
 def test_other_data_on_resume(caplog):
-    saved = {"batch_size": 32, "num_examples": 24, "class_names": ["ant", "bee"]}
-    with pytest.raises(
-        checkpoint.CheckpointError, match="was trained on 2 classes, the data has 2, and they differ in ant, zebra"
-    ):
-        train_entry.check_same_data(saved, saved | {"class_names": ["bee", "zebra"]})
-    train_entry.check_same_data(saved, saved | {"num_examples": 32})
-    assert "num_examples was 24 and is 32" in caplog.text
+    saved = Progress({"class_names": ["ant", "bee"]}, num_examples=24, batch_size=32, skipped_batches=3)
+    now = Progress({"class_names": ["bee", "zebra"]}, num_examples=24, batch_size=32)
+    with pytest.raises(errors.CheckpointError, match="was trained on 2 classes, the data has 2, and they differ in ant, zebra"):
+        saved.continue_with(now)
+    continued = saved.continue_with(Progress(saved.metadata, num_examples=32, batch_size=32))
+    assert "num_examples was 24 and is now 32" in caplog.text
+    assert (continued.num_examples, continued.skipped_batches) == (32, 3)

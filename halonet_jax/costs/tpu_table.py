@@ -1,12 +1,14 @@
-"""The table docs/tpu_sizing.md: what each recipe takes on slices of each TPU generation. `compile_for_tpu.py --table` runs it.
+"""Writes docs/tpu_sizing.md, the sizing of each recipe on each TPU generation. `compile_for_tpu.py --table` runs it.
 
-Every compile is stored in docs/tpu_sizing.json as soon as it ends, with what it depends on, so that a run goes on where the last
-one stopped. Nothing in the table is extrapolated: a row that is not compiled yet says so.
+Every compile is stored in docs/tpu_sizing.json as soon as it ends, with a stamp of the code that it depends on. The
+next run continues where the last one stopped. Nothing in the tables is extrapolated: a row that is not compiled yet
+says so.
 """
 
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from halonet_jax.costs.tpu_compile import Settings
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "docs" / "tpu_sizing.json", ROOT / "docs" / "tpu_sizing.md"
-# 128 cores or chips each, so 32 or 64 of the recipe's 4,096 images on a device.
+# 128 cores or chips each: a device gets 32 or 64 of the recipe's 4,096 images.
 SLICES = {"v5e-128": "v5e:8x16", "v4-128": "v4:4x4x4", "v6e-128": "v6e:8x16", "v5p-128": "v5p:4x4x4", "v3-128": "v3:8x8"}
 RECIPES = (
     "h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7", "h4_base128", "h4_base128_conv12", "h7_conv1", "h7_conv12", "h7_conv123",
@@ -27,22 +29,29 @@ RECIPES = (
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# What a program for TPU depends on, with the recipe; reading data, logging, checkpoints, other devices' attention do not count.
-SOURCES = (
-    "config/__init__.py", "config/knobs.py", "config/recipes.py", "config/derived.py", "models/__init__.py", "models/blocks.py",
-    "models/halonet.py", "models/layers.py", "models/variants.py", "ops/halo_attention.py", "ops/tpu_kernels.py", "ops/tpu.py",
-    "ops/per_device.py", "ops/selection.py", "ops/einsum.py", "tasks/classification.py", "tasks/mixing.py", "training/step.py",
-    "training/optimizer.py", "training/programs.py", "training/sharding.py", "training/state.py",
+# A compiled step depends on the recipe and on every file in these folders of the package, except LEFT_OUT.
+SOURCES = ("config", "models", "ops", "tasks", "training")
+LEFT_OUT = (
+    "tasks/inputs.py", "training/carry_over.py", "training/checkpoint.py", "training/checkpoint_files.py", "training/evaluation.py",
+    "training/loop.py", "training/progress.py",
 )  # fmt: skip
 
 
 def main(minutes: float, quick: bool) -> int:
-    """Compiles what is missing, most wanted first, and writes the page after every row. `quick` leaves out machine code."""
+    """Compiles the missing rows, the most important first, and writes the page after every row.
+
+    Args:
+        minutes: no compile starts after this many minutes; 0: no limit.
+        quick: leave out machine code and the estimates of time, which need it.
+
+    Returns:
+        The exit code, 0.
+    """
     store, begin = Store(), time.monotonic()
     tell = lambda text: print(f"[{(time.monotonic() - begin) / 60:4.0f} min] {text}", flush=True)
     for recipe, name, timed in work():
         if minutes and time.monotonic() - begin > 60 * minutes:
-            tell("time is up; the same command goes on")
+            tell("time is up; run the same command to continue")
             break
         if not (quick and timed):
             row(store, recipe, SLICES[name], timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
@@ -52,7 +61,7 @@ def main(minutes: float, quick: bool) -> int:
 
 
 def work() -> list[tuple[str, str, bool]]:
-    """(recipe, slice, whether its time is wanted too) in the order in which they are wanted."""
+    """Returns (recipe, slice, whether to estimate its time too) for every row. The most important row is first."""
     rest = [recipe for recipe in RECIPES if recipe not in FIRST]
     every = lambda recipes, names, timed: [(recipe, name, timed) for name in names for recipe in recipes]
     first, others = ("v5e-128", "v4-128"), ("v6e-128", "v5p-128", "v3-128")
@@ -64,31 +73,63 @@ def work() -> list[tuple[str, str, bool]]:
 
 
 class Store:
-    """Records of compiles, kept in a file that several runs may write to."""
+    """The records of compiles, in a file that several runs may write to."""
 
     def __init__(self):
         self.read()
 
     def code(self, recipe: str) -> str:
-        """Of what a recipe's programs depend on."""
-        code = hashlib.sha256("".join(metadata.version(name) for name in ("jax", "libtpu")).encode())
-        for path in (ROOT / "configs" / f"{recipe}.py", *(ROOT / "halonet_jax" / source for source in SOURCES)):
-            code.update(path.read_bytes())
-        return code.hexdigest()[:12]
+        """Returns the stamp of the current code: a hash of everything that the recipe's compiled step depends on.
+
+        Args:
+            recipe: a name from `RECIPES`.
+        """
+        stamp = hashlib.sha256("".join(metadata.version(name) for name in ("jax", "libtpu")).encode())
+        stamp.update(config_lib.to_json(load(recipe)).encode())
+        package = ROOT / "halonet_jax"
+        for path in sorted(path for folder in SOURCES for path in (package / folder).glob("*.py")):
+            if path.relative_to(package).as_posix() not in LEFT_OUT:
+                stamp.update(path.read_bytes())
+        return stamp.hexdigest()[:12]
 
     def read(self) -> None:
+        """Reads the file again, because other runs may have added records."""
         self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
 
     def find(self, recipe: str, topology: str, settings: Settings, quick: bool) -> dict | None:
-        """A record, of whatever code."""
+        """Returns a record, whatever code it was compiled from; None if it does not exist.
+
+        Args:
+            recipe: a name from `RECIPES`.
+            topology: a slice, such as "v5e:8x16".
+            settings: those of the compile.
+            quick: True for a compile to memory, False for one to machine code.
+        """
         return self.records.get(_key(recipe, topology, settings, quick))
 
     def get(self, recipe: str, topology: str, settings: Settings, quick: bool, code: str = "") -> dict | None:
-        """A record of the code as it is now, or of `code`."""
+        """Returns a record of the current code, or of `code`; None if it does not exist.
+
+        Args:
+            recipe: as for `find`.
+            topology: likewise.
+            settings: likewise.
+            quick: likewise.
+            code: the stamp that the record must have; "": that of the current code.
+        """
         record = self.find(recipe, topology, settings, quick)
         return record if record and record["code"] == (code or self.code(recipe)) else None
 
     def put(self, recipe: str, topology: str, settings: Settings, quick: bool, record: dict) -> None:
+        """Adds a record to the file, or replaces the old one.
+
+        Args:
+            recipe: as for `find`.
+            topology: likewise.
+            settings: likewise.
+            quick: likewise.
+            record: JSON values, with the stamp under "code".
+        """
         self.read()
         self.records[_key(recipe, topology, settings, quick)] = record
         new = RECORDS.with_suffix(".new")
@@ -102,16 +143,26 @@ def _key(recipe, topology, settings, quick):
 
 
 def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
-    """The recipe's config, with `model.scan` where `scan` asks for it."""
+    """Returns a recipe's config.
+
+    Args:
+        recipe: a name from `RECIPES`.
+        scan: True turns `model.scan` on; False leaves it as it is.
+    """
     config = config_lib.sibling(str(ROOT / "configs" / "recipe.py"), recipe)
     config.model.scan |= scan
     return config
 
 
-def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
-    """Compiles a row as far as it is not stored: the recipe as it is, or what makes it fit.
+def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[str], None]) -> None:
+    """Compiles the missing parts of a row: the recipe as it is and, if it does not fit, settings that do.
 
-    Where `timed`, machine code besides, with loops over equal blocks, which compile sooner.
+    Args:
+        store: receives the records.
+        recipe: a name from `RECIPES`.
+        topology: a slice, such as "v5e:8x16".
+        timed: also compile to machine code, with `model.scan` to save compile time. This gives the estimate of time.
+        tell: called with each line of progress.
     """
 
     def compile_step(config, topology, step="train", quick=True):
@@ -120,7 +171,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
         record = store.get(recipe, topology, settings, quick)
         if record is None:
             tell(f"compiling {settings.flags(here) or 'the recipe as it is'}{'' if quick else ', machine code'} …")
-            code = store.code(recipe)  # now: it may change while the compiler runs
+            code = store.code(recipe)  # before compiling: the code may change while the compiler runs
             record = tpu_compile.compile_step(config, topology, step, quick) | {"code": code}
             store.put(recipe, topology, settings, quick, record)
         return record
@@ -139,7 +190,18 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell) -> None:
 
 
 def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, code: str = "") -> list[tuple[Settings, dict]]:
-    """Of the config's settings and the remedies for them what fits, with records, the one of least time first."""
+    """Returns the stored compiles that fit, as (settings, record). The one with the least time is first.
+
+    It looks for the config's own settings and for those that `tpu_compile.make_fit` tries.
+
+    Args:
+        store: the records.
+        config: the recipe's config.
+        recipe: its name.
+        topology: a slice, such as "v5e:8x16".
+        quick: True for compiles to memory, False for those to machine code.
+        code: the stamp that records must have; "": that of the current code.
+    """
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
     for remat in (False, True):
@@ -153,61 +215,97 @@ def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, c
 
 
 def write_page(store: Store) -> None:
-    """Writes docs/tpu_sizing.md from the records."""
+    """Writes docs/tpu_sizing.md from the records, without compiling.
+
+    Args:
+        store: the records.
+    """
     lines = [tpu_table_text.HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
     for name, topology in SLICES.items():
-        parsed = chips.topology(topology)
-        lines.append(_slice_header(name, parsed))
-        lines += [_line(store, recipe, parsed) for recipe in RECIPES]
-    share = lambda key: ", ".join(f"{getattr(chip, key):.0%} ({chip.name})" for chip in chips.CHIPS.values())
-    PAGE.write_text(
-        "\n".join(lines) + "\n" + tpu_table_text.FOOTER.format(matmul=share("matmul_share"), add=share("add_share"))
-    )
+        lines += _slice_section(store, name, chips.topology(topology))
+    PAGE.write_text("\n".join(lines) + "\n" + tpu_table_text.FOOTER.format(checks=_checks()))
 
 
-def _slice_header(name, parsed):
+def _slice_section(store, name, parsed):
     chip = parsed.chip
     kind = "cores (two a chip)" if chip.devices_per_chip == 2 else "chips"
-    return (
-        f"\n## {name} (`{parsed.name}`)\n\n{parsed.num_devices} {kind} of {chip.memory / chips.GIB:.2f} GiB, "
-        f"{chip.flops / 1e12:g} TFLOP/s and {chip.bandwidth / 1e9:g} GB/s, {4096 // parsed.num_devices} images on each.\n\n"
-        "| recipe | as it is | what makes it fit | peak GiB | TFLOP | GB moved | least ms | estimated ms | images/s | hours "
-        "| chip-hours | estimated with |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
-    )
+    lines = [
+        f"## {name} (`{parsed.name}`)\n\n{parsed.num_devices} {kind} of {chip.memory / chips.GIB:.2f} GiB, "
+        f"{chip.flops / 1e12:g} TFLOP/s and {chip.bandwidth / 1e9:g} GB/s, {4096 // parsed.num_devices} images on each.\n",
+        "| recipe | as it is | settings that fit (GiB) | peak GiB | TFLOP | GB moved | least ms |\n|---|---|---|--:|--:|--:|--:|",
+        *(_row([_name(store, recipe, parsed), *_memory_cells(store, recipe, parsed)]) for recipe in RECIPES),
+    ]
+    timed = [(recipe, cells) for recipe in RECIPES if (cells := _time_cells(store, recipe, parsed))]
+    if not timed:
+        return [*lines, tpu_table_text.NO_TIMES + "\n"]
+    return [
+        *lines,
+        (tpu_table_text.ALL_TIMES if len(timed) == len(RECIPES) else tpu_table_text.SOME_TIMES) + "\n",
+        "| recipe | estimated ms | images/s | hours | chip-hours | estimated with |\n|---|--:|--:|--:|--:|---|",
+        *(_row([_name(store, recipe, parsed), *cells]) for recipe, cells in timed),
+        "",
+    ]
 
 
-def _line(store, recipe, parsed):
-    config, chip = load(recipe), parsed.chip
-    here = Settings.of(config)
-    first = store.find(recipe, parsed.name, here, True)
-    if first is None:
-        return f"| `{recipe}` | not compiled yet |" + " |" * 10
-    code = first["code"]  # records of different code do not stand in one row
-    cells = [f"`{recipe}`" + ("" if code == store.code(recipe) else " †")]
-    cells += ["fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"]
-    if fitting := fits(store, config, recipe, parsed.name, code=code):
-        cells += ["" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting)]
-        settings, record = fitting[0]
-        least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
-        cells += [f"{record['peak_bytes'] / chips.GIB:.2f}", f"{record['flops'] / 1e12:.2f}", f"{record['bytes'] / 1e9:.0f}"]
-        cells += [f"{1e3 * least:.0f}"]
-    else:
-        cells += ["nothing compiled yet", "", "", "", ""]
-    if timed := fits(store, load(recipe, scan=True), recipe, parsed.name, False, code):
-        settings, record = timed[0]
-        seconds = chips.step_seconds(chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
-        rate = config.batch_size / seconds
-        hours = EPOCHS * IMAGES / rate / 3600
-        cells += [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]
-        cells += [_short(settings.flags(here))]
-    else:
-        cells += ["not compiled yet", "", "", "", ""]
+def _row(cells):
     return "| " + " | ".join(cells) + " |"
 
 
+def _stored_code(store, recipe, parsed):
+    """Returns the stamp of the recipe's record without changes, None if it is not compiled.
+
+    The records of one row must have the same stamp.
+    """
+    record = store.find(recipe, parsed.name, Settings.of(load(recipe)), True)
+    return record and record["code"]
+
+
+def _name(store, recipe, parsed):
+    return f"`{recipe}`" + (" †" if _stored_code(store, recipe, parsed) not in (None, store.code(recipe)) else "")
+
+
+def _memory_cells(store, recipe, parsed):
+    here, code = Settings.of(load(recipe)), _stored_code(store, recipe, parsed)
+    if code is None:
+        return ["not compiled yet", "", "", "", "", ""]
+    first = store.find(recipe, parsed.name, here, True)
+    state = "fits" if first["fits"] else f"needs {first.get('needed_bytes', first.get('peak_bytes')) / chips.GIB:.1f} GiB"
+    fitting = fits(store, load(recipe), recipe, parsed.name, code=code)
+    if not fitting:
+        return [state, "nothing compiled yet", "", "", "", ""]
+    settings, record = fitting[0]
+    least = chips.roofline_seconds(parsed.chip, record["flops"], record["bytes"])
+    return [
+        state,
+        "" if first["fits"] else "; ".join(_remedy(here, *item) for item in fitting),
+        f"{record['peak_bytes'] / chips.GIB:.2f}", f"{record['flops'] / 1e12:.2f}", f"{record['bytes'] / 1e9:.0f}",
+        f"{1e3 * least:.0f}",
+    ]  # fmt: skip
+
+
+def _time_cells(store, recipe, parsed):
+    """Returns the cells of the table of times, None if no time is compiled."""
+    config, code = load(recipe), _stored_code(store, recipe, parsed)
+    timed = code and fits(store, load(recipe, scan=True), recipe, parsed.name, False, code)
+    if not timed:
+        return None
+    settings, record = timed[0]
+    seconds = chips.step_seconds(parsed.chip, *(record.get(key, 0) for key in ("flops", "bytes", "cycles", "kernel_flops")))
+    rate = config.batch_size / seconds
+    hours = EPOCHS * IMAGES / rate / 3600
+    figures = [f"{1e3 * seconds:.0f}", f"{rate:,.0f}", f"{hours:.1f}", f"{hours * parsed.num_chips:,.0f}"]
+    return [*figures, _short(settings.flags(Settings.of(config)))]
+
+
 def _remedy(here, settings, record):
-    return f"{_short(settings.flags(here))} ({record['peak_bytes'] / chips.GIB:.1f} GiB)"
+    return f"{_short(settings.flags(here))} ({record['peak_bytes'] / chips.GIB:.1f})"
 
 
 def _short(flags):
-    return " ".join(f"`{flag.removeprefix('--config.')}`" for flag in flags.split())
+    """Shortens `--config.model.remat=True` to `remat=True`. The head of the page explains the keys."""
+    return " ".join(f"`{flag.removeprefix('--config.').split('.')[-1]}`" for flag in flags.split())
+
+
+def _checks():
+    rows = ["| chip | product, share of the peak | sum, share of the bandwidth |", "|---|--:|--:|"]
+    return "\n".join(rows + [f"| {c.name} | {c.matmul_share:.0%} | {c.add_share:.0%} |" for c in chips.CHIPS.values()])

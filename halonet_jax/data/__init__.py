@@ -1,7 +1,9 @@
 """Input: sources of labelled images, their transforms, and batches as a function of the step."""
 
 from halonet_jax.data import randaugment
-from halonet_jax.data.example import Example, Source
+from halonet_jax.data.classification import ClassificationTransform
+from halonet_jax.data.digits import DigitsSource
+from halonet_jax.data.example import Field, Source, Transform
 from halonet_jax.data.folder import FolderSource
 from halonet_jax.data.images import (
     center_crop,
@@ -13,19 +15,21 @@ from halonet_jax.data.images import (
     train_transform,
 )
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
-from halonet_jax.data.sources import DigitsSource, open_source
+from halonet_jax.data.opening import open_source
 from halonet_jax.data.tfds import TfdsSource
 from halonet_jax.errors import CorruptImage, DataError
 
 __all__ = [
+    "ClassificationTransform",
     "CorruptImage",
     "DataError",
     "DigitsSource",
-    "Example",
+    "Field",
     "FolderSource",
     "Loader",
     "Source",
     "TfdsSource",
+    "Transform",
     "center_crop",
     "decode",
     "eval_batches",

@@ -1,10 +1,10 @@
 """Labelled images as files in folders."""
 
 import os
+from typing import Any
 
 import numpy as np
 
-from halonet_jax.data.example import Example
 from halonet_jax.errors import DataError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -30,7 +30,6 @@ class FolderSource:
         self._folder = _split_folder(root, split, flag)
         train_folder = _split_folder(root, train_split, "train_split")
         self.class_names = tuple(_subfolders(train_folder))
-        self.num_classes = len(self.class_names)
         if not self.class_names:
             raise DataError(f"{train_folder} has no class folders; images belong in {train_folder}/<class>/")
         unknown = [c for c in _subfolders(self._folder) if c not in self.class_names]
@@ -56,10 +55,14 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._files)
 
-    def __getitem__(self, index: int) -> Example:
-        name = self.name(index)
-        with open(name, "rb") as f:
-            return Example(f.read(), int(self._labels[index]), name)
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        with open(self.name(index), "rb") as f:
+            return {"image": f.read(), "label": int(self._labels[index])}
 
     def name(self, index: int) -> str:
         return os.path.join(self._folder, self._files[index])

@@ -1,44 +1,54 @@
-"""Decoding, cropping and resizing of one image: uint8 RGB in, uint8 RGB out, on NumPy and OpenCV."""
+"""Decoding, cropping and resizing of one image: uint8 RGB in, uint8 RGB out, on NumPy, OpenCV and simplejpeg."""
 
+import contextlib
+import io
 import math
 
 import cv2
 import numpy as np
 import simplejpeg
+from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
 
-from halonet_jax.data.randaugment import randaugment
+from halonet_jax.data import randaugment
 from halonet_jax.errors import CorruptImage
 
 # The loader's threads are the parallelism; OpenCV's own would only contend with them.
 cv2.setNumThreads(0)
 
 _CROP_TRIES = 10
+_JPEG_START = b"\xff\xd8"
 
 
-def decode(encoded: bytes) -> np.ndarray:
+def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file.
 
     Gray is repeated over the three channels, palettes are looked up, CMYK is converted, 16-bit values keep their
     upper byte, alpha is dropped (not blended), and an EXIF orientation is ignored: pixels come as they are stored.
+    A JPEG with damaged bytes decodes as long as it has its end, as in other decoders; some of its pixels are wrong.
 
     Args:
         encoded: the whole file.
+        max_pixels: most pixels, height times width. The header's numbers count: nothing is decoded before.
 
     Returns:
         uint8 [h, w, 3], RGB.
 
     Raises:
-        CorruptImage: if the file is empty, truncated or no image; the message is the reason.
+        CorruptImage: if the file is empty, truncated, too large or no image; the message is the reason.
     """
     if not encoded:
         raise CorruptImage("the file is empty")
-    if encoded[:2] == b"\xff\xd8":
+    width, height = _header_size(encoded)
+    if width * height > max_pixels:
+        raise CorruptImage(f"{width} x {height} pixels, more than data.max_pixels={max_pixels}")
+    if encoded.startswith(_JPEG_START):
         try:
             return simplejpeg.decode_jpeg(encoded, "RGB")
-        except ValueError as e:
-            if "remature end" in str(e):  # OpenCV may fill the missing rows with gray instead of failing
-                raise CorruptImage(f"truncated JPEG: {e}") from None
-            # Strict on harmless flaws, too (stray bytes between markers): OpenCV decides.
+        except _SIMPLEJPEG_ERRORS:
+            # Any of libjpeg's warnings. Most flaws cost a few pixels, but the missing rows of a truncated file would be gray.
+            _check_end(encoded)
+        with contextlib.suppress(*_SIMPLEJPEG_ERRORS):
+            return simplejpeg.decode_jpeg(encoded, "RGB", strict=False)
     image = None
     try:
         flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -46,8 +56,87 @@ def decode(encoded: bytes) -> np.ndarray:
     except cv2.error as e:
         raise CorruptImage(f"OpenCV: {e.err}") from None
     if image is None:
-        raise CorruptImage(f"no complete JPEG, PNG, WebP or BMP image in its {len(encoded)} bytes")
+        raise CorruptImage(f"damaged or truncated: OpenCV finds no complete image in its {len(encoded)} bytes")
     return image
+
+
+def _header_size(encoded):
+    """Width and height as the header states them. Pillow's classes are called directly: `PIL.Image.open` has its own limit."""
+    for start, size in _HEADERS.items():
+        if encoded.startswith(start):
+            try:
+                return size(encoded)
+            except CorruptImage:
+                raise
+            except Exception as e:  # Pillow raises many kinds, SyntaxError among them
+                raise CorruptImage(f"its header is damaged or truncated: {e or type(e).__name__}") from None
+    raise CorruptImage(f"no JPEG, PNG, WebP or BMP image in its {len(encoded)} bytes")
+
+
+def _pillow_size(kind):
+    def size(encoded):
+        with kind(io.BytesIO(encoded)) as header:
+            return header.size
+
+    return size
+
+
+def _jpeg_size(encoded):
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(encoded, strict=False)
+        return width, height
+    except _SIMPLEJPEG_ERRORS:  # truncated, or of a kind that Pillow and OpenCV read
+        _check_end(encoded)
+        return _pillow_size(JpegImagePlugin.JpegImageFile)(encoded)
+
+
+def _webp_size(encoded):
+    """By RFC 9649. Pillow has a limit of its own for WebP, and some versions allocate the whole canvas."""
+    kind, data = encoded[8:16], encoded[20:30]
+    if len(data) < 10:
+        raise CorruptImage(f"truncated WebP: {len(encoded)} bytes")
+    if kind == b"WEBPVP8X":
+        return int.from_bytes(data[4:7], "little") + 1, int.from_bytes(data[7:10], "little") + 1
+    if kind == b"WEBPVP8L":
+        bits = int.from_bytes(data[1:5], "little")
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"WEBPVP8 ":
+        return int.from_bytes(data[6:8], "little") & 0x3FFF, int.from_bytes(data[8:10], "little") & 0x3FFF
+    raise CorruptImage(f"no WebP image: it starts with {encoded[:16]!r}")
+
+
+_SIMPLEJPEG_ERRORS = (ValueError, KeyError)  # the second for a kind of JPEG that it has no name for
+# By the file's first bytes; the only formats that are decoded.
+_HEADERS = {
+    _JPEG_START: _jpeg_size,
+    b"\x89PNG\r\n\x1a\n": _pillow_size(PngImagePlugin.PngImageFile),
+    b"RIFF": _webp_size,
+    b"BM": _pillow_size(BmpImagePlugin.BmpImageFile),
+}
+
+
+def _check_end(jpeg):
+    """Raises CorruptImage where no end-of-image marker follows the start of the image's first scan.
+
+    Segments before the scan are passed over by their length, because an EXIF thumbnail has an end marker of its own.
+    Within a scan the marker's two bytes cannot occur, and whatever comes after them does not matter.
+    """
+    at = 2
+    while (at := jpeg.find(b"\xff", at)) >= 0:
+        marker = jpeg[at + 1 : at + 2]
+        if marker == b"\xda":  # start of a scan
+            if jpeg.find(b"\xff\xd9", at) >= 0:
+                return
+            break
+        if marker in _NO_LENGTH:
+            at += 1
+        else:
+            at += 2 + int.from_bytes(jpeg[at + 2 : at + 4])
+    raise CorruptImage(f"truncated JPEG: its {len(jpeg)} bytes have no end-of-image marker")
+
+
+# What a 0xff is followed by where no segment starts: stuffing, fill bytes, restart markers and the like.
+_NO_LENGTH = {bytes([b]) for b in (0x00, 0x01, 0xFF, *range(0xD0, 0xDA))}
 
 
 def resize(image: np.ndarray, size: int) -> np.ndarray:
@@ -116,7 +205,7 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) ->
     if c.flip and rng.random() < 0.5:
         image = horizontal_flip(image)
     if c.randaugment_layers:
-        image = randaugment(image, rng, c.randaugment_layers, c.randaugment_magnitude, c.randaugment_ops)
+        image = randaugment.apply_random_ops(image, rng, c.randaugment_layers, c.randaugment_magnitude, c.randaugment_ops)
     return image
 
 

@@ -5,14 +5,13 @@ import os
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
 from absl import flags, logging
 
-from halonet_jax.data import randaugment
-from halonet_jax.data.example import Source
+from halonet_jax.data.example import Source, Transform
 from halonet_jax.data.rows import EvalExamples, Examples, Row, TrainExamples
 from halonet_jax.errors import DataError
 
@@ -21,55 +20,76 @@ ON_CORRUPT = ("skip", "stop")
 
 def train_batches(
     source: Source,
-    data_config,
+    transform: Transform,
+    options,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    flag: Callable[[str], str] = "--config.{}".format,
 ) -> "Loader":
-    """Endless shuffled, augmented batches: `image` uint8 [local, H, W, 3] and `label` int32 [local].
+    """Returns endless shuffled, augmented batches: each of `transform.fields` as an array [local, ...].
 
-    An image that cannot be read or decoded is replaced by the next of the source (with on_corrupt="skip").
+    An example that fails is replaced by the next one of the source (with on_corrupt="skip").
 
     Args:
         source: the examples.
-        data_config: the config's `data` block.
+        transform: makes a row of a record; gets a random generator.
+        options: the config's `data` block; `on_corrupt`, `num_threads`, `num_workers` and `prefetch` are read.
         batch_size: global; local = batch_size / process_count.
         seed: of order and augmentation, >= 0.
-        start_step: step of the first batch.
-        process_index: which rows: those of this process.
-        process_count: over how many processes a batch is spread.
+        start_step: step of the first batch, >= 0.
+        process_index: number of this process; it gets its rows alone.
+        process_count: number of processes that share a batch.
+        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
 
     Raises:
-        DataError: for sizes that do not fit, an empty source, unknown names; later, from `next`: for a corrupt image
-            (with on_corrupt="stop"), sixteen corrupt ones in a row, a label out of range, or a worker process that died.
+        DataError: for sizes that do not fit, an empty source, unknown options; later, from `next`: for a corrupt example
+            (with on_corrupt="stop"), sixteen corrupt ones in a row, what the transform calls fatal, or a worker process
+            that died.
     """
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must be 0 or more")
-    _check(source, data_config, batch_size, process_index, process_count)
-    shape = (batch_size, process_index, process_count)
-    return Loader(TrainExamples(source, data_config, *shape, seed=seed, start_step=start_step))
+    _check(source, options, batch_size, process_index, process_count)
+    shape = (batch_size, process_index, process_count, max(options.num_workers, 1))
+    examples = TrainExamples(source, transform, *shape, _stop_advice(options, flag), seed=seed, start_step=start_step)
+    return Loader(examples, options)
 
 
 def eval_batches(
     source: Source,
-    data_config,
+    transform: Transform,
+    options,
     *,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    flag: Callable[[str], str] = "--config.{}".format,
 ) -> "Loader":
-    """Every example once over all processes, in order; `len()` batches, equally many on every process.
+    """Returns every example once over all processes, in order; `len()` batches, equally many on every process.
 
-    Batches are as `train_batches` has them plus `mask`, bool [local]: False for the zero rows that fill the last batch
-    and for images that cannot be read or decoded (with on_corrupt="skip").
+    Batches hold each of `transform.fields` as an array [local, ...], and `mask`, bool [local]: False for the zero rows
+    that fill the last batch and for examples that fail (with on_corrupt="skip").
 
-    Args and raises: as `train_batches`.
+    Args:
+        source: the examples.
+        transform: makes a row of a record; gets None for the random generator.
+        options: as for `train_batches`.
+        batch_size: global; local = batch_size / process_count.
+        process_index: number of this process; it gets its rows alone.
+        process_count: number of processes that share a batch.
+        flag: as for `train_batches`.
+
+    Raises:
+        DataError: as `train_batches` does, except for corrupt examples in a row; also for a field called "mask".
     """
-    _check(source, data_config, batch_size, process_index, process_count)
-    return Loader(EvalExamples(source, data_config, batch_size, process_index, process_count))
+    if "mask" in transform.fields:
+        raise DataError("a field of the transform is called 'mask', which evaluation adds itself; rename the field")
+    _check(source, options, batch_size, process_index, process_count)
+    shape = (batch_size, process_index, process_count, max(options.num_workers, 1))
+    return Loader(EvalExamples(source, transform, *shape, _stop_advice(options, flag)), options)
 
 
 class Loader:
@@ -79,12 +99,12 @@ class Loader:
         num_corrupt: examples replaced (train) or masked (eval) in the batches handed out so far.
     """
 
-    def __init__(self, examples: Examples):
+    def __init__(self, examples: Examples, options):
         self.num_corrupt = 0
         self._named = set()
         self._examples = examples
         self._num_given = 0
-        self._running = [iter(_pipeline(examples))]
+        self._running = [iter(_pipeline(examples, options))]
         # An open loader is closed before the interpreter's exit; Grain's own clean-up comes too late there.
         weakref.finalize(self, _end, self._running)
 
@@ -101,17 +121,16 @@ class Loader:
             self.close()
             raise StopIteration
         batch = self._next()
-        fatal, corrupt = batch.pop("fatal"), batch.pop("corrupt")
-        if fatal:
+        if batch["fatal"]:
             self.close()
-            raise DataError(fatal)
+            raise DataError(batch["fatal"])
         self._num_given += 1
-        self.num_corrupt += sum(bool(c) for c in corrupt)
-        for name, reason in (pair for pairs in corrupt for pair in pairs):
+        self.num_corrupt += sum(bool(pairs) for pairs in batch["corrupt"])
+        for name, reason in (pair for pairs in batch["corrupt"] for pair in pairs):
             if name not in self._named:
                 self._named.add(name)
                 logging.warning("Skipped corrupt image %s: %s", name, reason)
-        return batch
+        return batch["fields"]
 
     def _next(self):
         try:
@@ -142,22 +161,23 @@ def _end(running: list[grain.DatasetIterator]):
         running.pop().close()
 
 
-def _train_batch(rows: list[Row]) -> dict:
+def _stack(rows: list[Row]) -> dict:
     return {
-        "image": np.stack([row.image for row in rows]),
-        "label": np.array([row.label for row in rows], np.int32),
+        "fields": {name: np.stack([row.fields[name] for row in rows]) for name in rows[0].fields},
         "corrupt": [row.corrupt for row in rows],
         "fatal": next((row.fatal for row in rows if row.fatal), ""),
     }
 
 
-def _eval_batch(rows: list[Row]) -> dict:
-    return _train_batch(rows) | {"mask": np.array([row.mask for row in rows], bool)}
+def _stack_with_mask(rows: list[Row]) -> dict:
+    batch = _stack(rows)
+    batch["fields"]["mask"] = np.array([row.mask for row in rows], bool)
+    return batch
 
 
 def _own(batch: dict) -> dict:
     """Copies arrays out of the worker's shared memory, so that keeping a batch keeps no block of it."""
-    return {k: np.array(v) if isinstance(v, np.ndarray) else v for k, v in batch.items()}
+    return batch | {"fields": {name: np.array(array) for name, array in batch["fields"].items()}}
 
 
 def _start_worker(worker: int, workers: int):
@@ -172,24 +192,24 @@ def _start_worker(worker: int, workers: int):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _pipeline(examples: Examples) -> grain.IterDataset:
+def _pipeline(examples: Examples, options) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():
         # Grain's worker processes read absl flags. Outside absl.app.run nobody parses them: their defaults hold.
         flags.FLAGS.mark_as_parsed()
-    c, workers = examples.config, examples.num_streams
-    options = grain.ReadOptions(
-        num_threads=-(-c.num_threads // workers),
-        prefetch_buffer_size=max(c.prefetch * examples.local_size // workers, 1),
+    workers = examples.num_streams
+    reading = grain.ReadOptions(
+        num_threads=-(-options.num_threads // workers),
+        prefetch_buffer_size=max(options.prefetch * examples.local_size // workers, 1),
     )
-    batch = _train_batch if examples.num_batches is None else _eval_batch
-    dataset = grain.MapDataset.source(examples).to_iter_dataset(options).batch(examples.local_size, batch_fn=batch)
-    if c.num_workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(c.num_workers), _start_worker).map(_own)
+    stack = _stack if examples.num_batches is None else _stack_with_mask
+    dataset = grain.MapDataset.source(examples).to_iter_dataset(reading).batch(examples.local_size, batch_fn=stack)
+    if options.num_workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(options.num_workers), _start_worker).map(_own)
     # One more batch, so that stacking and copying happen beside the caller's work.
     return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
 
 
-def _check(source, data_config, batch_size, process_index, process_count):
+def _check(source, options, batch_size, process_index, process_count):
     if not len(source):
         raise DataError("the source holds no example; check data.dir and the split")
     if batch_size < 1 or batch_size % process_count:
@@ -199,6 +219,12 @@ def _check(source, data_config, batch_size, process_index, process_count):
         )
     if not 0 <= process_index < process_count:
         raise DataError(f"process_index {process_index} must lie in [0, {process_count})")
-    if data_config.on_corrupt not in ON_CORRUPT:
-        raise DataError(f"data.on_corrupt {data_config.on_corrupt!r} is unknown; use one of {', '.join(ON_CORRUPT)}")
-    randaugment.check_ops(data_config.randaugment_ops)
+    if options.on_corrupt not in ON_CORRUPT:
+        raise DataError(f"data.on_corrupt {options.on_corrupt!r} is unknown; use one of {', '.join(ON_CORRUPT)}")
+
+
+def _stop_advice(options, flag):
+    if options.on_corrupt == "skip":
+        return None
+    skip = flag("data.on_corrupt")
+    return f"replace the file, or go on without it: {skip}=skip" if skip else "replace the file"

@@ -41,7 +41,7 @@ GRAY = (128, 128, 128)
 _LEVELS = np.arange(256)
 
 
-def randaugment(
+def apply_random_ops(
     image: np.ndarray, rng: np.random.Generator, layers: int, magnitude: float, ops: Sequence[str] = ()
 ) -> np.ndarray:
     """Applies `layers` ops, drawn uniformly with replacement, one after the other.

@@ -5,8 +5,8 @@ import os
 import re
 import sys
 import time
+from typing import Any
 
-from halonet_jax.data.example import Example
 from halonet_jax.errors import CorruptImage, DataError
 
 _REMOTE_PAUSES = (0.5, 2, 8)  # seconds between tries at a bucket that does not answer
@@ -32,16 +32,20 @@ class TfdsSource:
             )
         self._records = _tfds_records(builder, split)
         self.class_names = tuple(features["label"].names)
-        self.num_classes = features["label"].num_classes
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._read(index)
         if record["image"] is None or record["label"] is None:  # what a truncated file gives
             raise CorruptImage("empty record")
-        return Example(record["image"], int(record["label"]), self.name(index))
+        return {"image": record["image"], "label": int(record["label"])}
 
     def _read(self, index):
         is_remote = "://" in (self._arguments[1] or "")

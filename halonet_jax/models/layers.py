@@ -90,7 +90,9 @@ class HaloAttention(nn.Module):
         choice = self.choose(*shape[:3])
         if choice.reason:
             _warn_once(choice.reason)
-        return choice.implementation
+        if self.implementation == "pallas":
+            return functools.partial(ops.attend, implementation="pallas", fall_back=True)
+        return self.implementation
 
     @nn.nowrap
     def choose(self, batch: int, height: int, width: int) -> ops.Choice:
@@ -189,38 +191,70 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape)
 
 
-# On a CPU, products of matrices, whose kernel gradients take 36 to 56 % of the time of products with more axes; `rest` is ignored.
-
-
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **rest) -> jax.Array:
-    """`jax.lax.dot_general`, as Flax's dense layers call it: `[..., C], [C, D] -> [..., D]`."""
-    if ops.device().platform != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **rest)
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    """`jax.lax.dot_general`, as Flax's dense layers call it: `[..., C], [C, D] -> [..., D]`.
+
+    On a CPU, it is a product of matrices. The kernel's gradient then takes 36 to 56 % of the time.
+
+    Args:
+        x: `[..., C]`.
+        kernel: `[C, D]`.
+        dimension_numbers: that the last axis of `x` meets the first of `kernel`.
+        **rest: of `jax.lax.dot_general`; not used on a CPU.
+    """
+
+    def by_matrices(x, kernel):
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    other = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **rest)
+    return ops.by_platform(x, kernel, cpu=by_matrices, default=other)
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Any, **rest) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, as Flax's 2-D convolutions call it; 1x1 kernels must have no padding, groups or dilation."""
-    if ops.device().platform != "cpu" or kernel.shape[:2] != (1, 1):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
-    return dot_general(x[:, :: strides[0], :: strides[1]], kernel[0, 0], None)
+    """`jax.lax.conv_general_dilated`, as Flax's 2-D convolutions call it; on a CPU, 1x1 convolutions are products of matrices.
+
+    Args:
+        x: `[B, H, W, C]`.
+        kernel: `[height, width, C, D]`; where height and width are 1, without padding, groups or dilation.
+        strides: pixels of `x` per pixel of the result, by axis.
+        padding: of `jax.lax.conv_general_dilated`.
+        **rest: of `jax.lax.conv_general_dilated`.
+    """
+    other = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **rest)
+    if kernel.shape[:2] != (1, 1):
+        return other(x, kernel)
+
+    def by_matrices(x, kernel):
+        x = x[:, :: strides[0], :: strides[1]]
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return ops.by_platform(x, kernel, cpu=by_matrices, default=other)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum of 3x3 pixels around every second one per axis. `[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]`.
+    """Returns the maximum of 3x3 pixels around every second one per axis.
 
-    On a CPU from slices, a fifth of the time of `reduce_window` with its gradient, which equal maxima share there; on TPU that
-    moves more bytes.
+    On a CPU it comes from slices: with its gradient, that takes a fifth of the time of `reduce_window`. Equal maxima then
+    share the gradient. On TPU slices would move more bytes.
+
+    Args:
+        x: `[B, H, W, C]`.
+
+    Returns:
+        `[B, ceil(H / 2), ceil(W / 2), C]`.
     """
-    if ops.device().platform != "cpu":
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    for axis in (1, 2):
-        size = x.shape[axis]
-        pad = [(1, 1) if a == axis else (0, 0) for a in range(4)]
-        padded = jnp.pad(x, pad, constant_values=-jnp.inf)
-        neighbors = (jax.lax.slice_in_dim(padded, start, start + size, 2, axis) for start in range(3))
-        x = functools.reduce(jnp.maximum, neighbors)
-    return x
+
+    def by_slices(x):
+        for axis in (1, 2):
+            size = x.shape[axis]
+            pad = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+            padded = jnp.pad(x, pad, constant_values=-jnp.inf)
+            neighbors = (jax.lax.slice_in_dim(padded, start, start + size, 2, axis) for start in range(3))
+            x = functools.reduce(jnp.maximum, neighbors)
+        return x
+
+    pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return ops.by_platform(x, cpu=by_slices, default=pool)
 
 
 class SqueezeExcite(nn.Module):

@@ -1,7 +1,8 @@
-"""How a run ends before its last step, and the exit code that says so."""
+"""Ends a run before its last step: signals, the watchdog, and the exit codes."""
 
 import faulthandler
 import os
+import queue
 import signal
 import sys
 import threading
@@ -14,36 +15,41 @@ from jax.experimental import multihost_utils
 
 from halonet_jax.errors import Stopped
 
-# sysexits.h where it has a fitting code.
-EXIT_BAD_INPUT = 2  # config, data or checkpoint, as for a wrong flag
+# Codes of sysexits.h, if it has a fitting one.
+EXIT_BAD_INPUT = 2  # a flag, the config, data or a checkpoint
 EXIT_LOST_PEER = 69  # EX_UNAVAILABLE: another process is gone, or a step hangs; the same command resumes
 EXIT_NON_FINITE = 70  # EX_SOFTWARE
 EXIT_STORAGE = 74  # EX_IOERR: the workdir cannot be written
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the state is saved, the same command resumes
-EXIT_INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for a step's end
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for the end of the step
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGINT are noted, for the loop to act on between steps. A second SIGINT interrupts at once.
+    """Context that notes SIGTERM and SIGINT, so that the loop can stop. A second SIGINT interrupts at once.
 
-    With several processes, JAX's pre-emption service sees the SIGTERM of any of them, and lets all stop after the same step;
-    a SIGINT is passed on to it.
+    With several processes, JAX's pre-emption service sees the SIGTERM of any process and lets all stop after the same
+    step. A SIGINT is passed on to it. Outside the main thread nothing is noted, because Python handles signals only
+    there.
 
     Attributes:
-        signal: name of the signal that came; None where none did.
+        signal: name of the signal that came; None: no signal has come.
     """
 
     def __enter__(self):
-        self.signal, self._calls = None, 0
+        self.signal, self._calls, self._worker = None, 0, None
         self._alone = jax.process_count() == 1
-        # The service has a SIGTERM handler of its own, which one of ours would replace.
+        # The service has its own SIGTERM handler. One of ours would replace it.
         numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
+        if threading.current_thread() is not threading.main_thread():
+            numbers = ()
         self._handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        if self._worker:
+            self._worker.end()
 
     def _note(self, number, frame):
         self.signal = signal.Signals(number).name
@@ -51,12 +57,21 @@ class StopRequest:
         if not self._alone:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def check(self) -> None:
+        """Raises Stopped after a signal. With several processes it does nothing, because they stop together.
+
+        Raises:
+            Stopped: a signal came and this process runs alone.
+        """
+        if self._alone and self.signal:
+            raise Stopped(self.signal)
+
     def requested(self) -> bool:
-        """Whether to save and stop after this step; all processes agree. To be called at every step, by all of them."""
+        """Returns whether to stop now. All processes get the same answer. They must call it equally often."""
         if self._alone:
             return self.signal is not None
-        # Not the step's own number: the service lets all stop at the call after the highest number that it has seen, which
-        # for a signal before the first call is 1, and a resumed run would never come to.
+        # The service stops all at the call after the highest number that it has seen. For a signal before the first
+        # call, that is call 1. A resumed run would never reach step 1, so we count calls instead of steps.
         self._calls += 1
         if not multihost_utils.reached_preemption_sync_point(self._calls):
             return False
@@ -64,60 +79,112 @@ class StopRequest:
         return True
 
     def interruptible(self, function: Callable[[], Any]) -> Any:
-        """Calls `function`, which may block for minutes outside Python (compiling), and returns what it returns.
+        """Calls a function that may block for minutes, such as a compile or a read from a dead disk.
+
+        A process that runs alone calls it in a thread and watches for signals. With several processes it is called
+        directly, and a signal takes effect at the next `requested`.
+
+        Args:
+            function: called without arguments.
+
+        Returns:
+            The result of the function.
 
         Raises:
-            Stopped: as soon as a signal comes; `function` then still runs in a thread, which the end of the process ends.
-                With several processes, which must stop together, the signal takes effect after the next step.
+            Stopped: a signal came, within a tenth of a second. The function may continue in its thread until the
+                process ends.
         """
-        outcome = []
-
-        def work():
-            try:
-                outcome.append((function(), None))
-            except BaseException as error:
-                outcome.append((None, error))
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.1)
-            if self._alone and self.signal:
+        if not self._alone:
+            return function()
+        if self._worker is None:
+            self._worker = _Worker()
+        outcome = self._worker.start(function)
+        while not outcome.done.wait(0.1):
+            if self.signal:
+                self._worker.end()  # it is busy with the function; another call gets a new one
+                self._worker = None
                 raise Stopped(self.signal)
-        result, error = outcome[0]
-        if error is not None:
-            raise error
-        return result
+        if outcome.error is not None:
+            raise outcome.error
+        return outcome.result
+
+
+class _Outcome:
+    def __init__(self):
+        self.done, self.result, self.error = threading.Event(), None, None
+
+
+class _Worker:
+    """One daemon thread that runs functions in turn. The threads of an executor would keep the process alive."""
+
+    def __init__(self):
+        self._work = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="halonet_jax interruptible", daemon=True)
+        self._thread.start()
+
+    def start(self, function):
+        outcome = _Outcome()
+        self._work.put((function, outcome))
+        return outcome
+
+    def end(self):
+        self._work.put(None)
+        self._thread.join(0.2)
+
+    def _run(self):
+        while (item := self._work.get()) is not None:
+            function, outcome = item
+            try:
+                outcome.result = function()
+            except BaseException as error:
+                outcome.error = error
+            outcome.done.set()
+            del item, function, outcome  # they may hold a donated state
 
 
 class Watchdog:
-    """Ends the process where nothing was done for `timeout` seconds: a collective, a disk or a data source hangs.
+    """Context that ends the process if it makes no progress for `timeout` seconds.
+
+    Then a disk, a data source, a compiler or a collective hangs.
 
     Args:
-        timeout: seconds; 0: never.
+        timeout: seconds; 0: never end it.
     """
 
     def __init__(self, timeout: float):
         self._timeout = timeout
         self._doing, self._since = None, 0.0
-        if timeout:
-            threading.Thread(target=self._watch, daemon=True).start()
+        self._ended = threading.Event()
+
+    def __enter__(self):
+        if self._timeout:
+            self._thread = threading.Thread(target=self._watch, name="halonet_jax watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        if self._timeout:
+            self._thread.join()
 
     def doing(self, what: str | None) -> None:
-        """What comes next, such as "step 17"; None: nothing that could hang."""
+        """Notes the next activity and restarts the clock.
+
+        Args:
+            what: the activity, such as "step 17"; None: nothing that can hang.
+        """
         self._doing, self._since = what, time.monotonic()
 
     def _watch(self):
-        while True:
-            time.sleep(min(self._timeout / 4, 5))
-            idle = time.monotonic() - self._since
-            if self._doing and idle > self._timeout:
+        while not self._ended.wait(min(self._timeout / 4, 5)):
+            doing, idle = self._doing, time.monotonic() - self._since
+            if doing and idle > self._timeout:
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
                 print(
-                    f"error: process {jax.process_index()} got nowhere in {self._doing} for {idle:.0f} s, more than "
-                    f"config.hang_timeout={self._timeout:g}; a lost peer, network, disk or data source hangs. The last checkpoint "
-                    "stands, the same command resumes",
+                    f"error: process {jax.process_index()} made no progress in {doing} for {idle:.0f} s, more than "
+                    f"hang_timeout={self._timeout:g}; a disk, data source, network or another process hangs. The last checkpoint "
+                    f"is safe and the same command resumes; if {doing} needs longer than this, raise hang_timeout",
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(EXIT_LOST_PEER)  # nothing that hangs can be ended otherwise
+                os._exit(EXIT_LOST_PEER)  # a hanging thread ends only with its process

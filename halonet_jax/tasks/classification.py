@@ -1,4 +1,4 @@
-"""Image classification with label smoothing, mixup and cutmix."""
+"""Image classification with label smoothing, mixup and CutMix."""
 
 import jax
 import jax.numpy as jnp
@@ -6,44 +6,108 @@ import ml_collections
 import optax
 
 from halonet_jax import config as config_lib
-from halonet_jax import models
+from halonet_jax import data, models
 from halonet_jax.tasks import mixing
 from halonet_jax.training.task import Task
 
+# For compile checks. Other sources count as ImageNet.
+_NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}
+
+
+def open_source(config: ml_collections.ConfigDict, split: str, **options) -> data.Source:
+    """Opens one split of the configured data.
+
+    Args:
+        config: the whole config.
+        split: name of the split, such as "train".
+        **options: further arguments of `halonet_jax.data.open_source`.
+
+    Raises:
+        DataError: the data cannot be used, or RandAugment does not know an operation of `config.data.randaugment_ops`.
+    """
+    data.randaugment.check_ops(config.data.randaugment_ops)
+    return data.open_source(config.data, split, **options)
+
+
+def metadata(config: ml_collections.ConfigDict, source: data.Source) -> dict:
+    """Returns the class names of a source, and how evaluation prepares an image.
+
+    Args:
+        config: the whole config.
+        source: a split of the data.
+
+    Returns:
+        JSON values: `class_names` (list of strings, in the order of the labels) and `preprocessing`.
+    """
+    return {"class_names": list(source.class_names), "preprocessing": _preprocessing(config)}
+
+
+def expected_metadata(config: ml_collections.ConfigDict) -> dict:
+    """Returns metadata with numbers for class names. It needs no data and serves compile checks.
+
+    Args:
+        config: the whole config.
+
+    Returns:
+        As `metadata`.
+    """
+    name = config.data.name if config.data.source == "tfds" else config.data.source
+    classes = range(_NUM_CLASSES.get(name, 1000))
+    return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
+
+
+def _preprocessing(config):
+    d = config.data
+    return {
+        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": "area, then bicubic",
+        "mean": list(d.mean), "std": list(d.std),
+    }  # fmt: skip
+
 
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> models.HaloNet:
-    """The config's model."""
+    """Returns the config's model.
+
+    Args:
+        config: the whole config.
+        num_classes: width of the classifier.
+    """
     return models.create(num_classes=num_classes, **config_lib.model_options(config))
 
 
-def make_task(config: ml_collections.ConfigDict, num_classes: int) -> Task:
-    """The task of a config. Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`.
+def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
+    """Returns the classification task of a config.
 
-    Normalisation, mixup and cutmix run on the device. Evaluation sums are "count", "top1", "top5" (int32 numbers of
-    examples) and "loss" (cross-entropy without smoothing).
+    Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`. Normalisation, mixup and CutMix run on the
+    device. Evaluation sums "count", "top1" and "top5" (int32 numbers of examples) and "loss" (cross-entropy without
+    smoothing).
+
+    Args:
+        config: the whole config.
+        metadata: as `metadata` returns it. The number of class names is the width of the classifier.
     """
-    model, data = make_model(config, num_classes), config.data
+    num_classes, data_config = len(metadata["class_names"]), config.data
+    model = make_model(config, num_classes)
 
-    def preprocess(images):
-        return mixing.normalize(images, data.mean, data.std, jnp.dtype(config.model.dtype))
+    def normalize(images):
+        return mixing.normalize(images, data_config.mean, data_config.std, jnp.dtype(config.model.dtype))
 
     def init(rng):
-        size = data.image_size
+        size = data_config.image_size
         variables = model.init(rng, jnp.zeros((1, size, size, 3)), train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def loss(params, model_state, batch, rng):
         mix_rng, dropout_rng = jax.random.split(rng)
-        images, labels = preprocess(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
+        images, labels = normalize(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
-        images, labels = mixing.mix(mix_rng, images, labels, data.mixup_alpha, data.cutmix_alpha)
+        images, labels = mixing.mix(mix_rng, images, labels, data_config.mixup_alpha, data_config.cutmix_alpha)
         variables = {"params": params, "batch_stats": model_state}
         logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_rng})
         top1 = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, labels).mean(), (updates["batch_stats"], {"top1": top1})
 
     def predict(params, model_state, batch):
-        return model.apply({"params": params, "batch_stats": model_state}, preprocess(batch["image"]), train=False)
+        return model.apply({"params": params, "batch_stats": model_state}, normalize(batch["image"]), train=False)
 
     def metrics(logits, batch):
         mask, label = batch["mask"], batch["label"]
@@ -58,7 +122,13 @@ def make_task(config: ml_collections.ConfigDict, num_classes: int) -> Task:
             "loss": jnp.where(mask, cross_entropy, 0).sum(),
         }
 
-    def describe():
-        return model.describe(config.batch_size // config.optimizer.accumulation_steps, data.image_size, data.image_size)
+    def transform(training):
+        return data.ClassificationTransform(data_config, num_classes=num_classes, training=training)
 
-    return Task(init, loss, predict, metrics, describe)
+    def describe():
+        size = data_config.image_size
+        return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
+
+    return Task(
+        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe
+    )  # fmt: skip

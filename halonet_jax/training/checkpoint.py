@@ -1,9 +1,11 @@
-"""Checkpoints: Orbax, asynchronous, the state and the data position in one; the newest few and the best are kept."""
+"""Checkpoints: written in the background by Orbax, checked when they are read; the newest few and the best are kept."""
 
 import contextlib
 import dataclasses
 import itertools
-import re
+import math
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -12,8 +14,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from halonet_jax.errors import CheckpointError, NonFiniteLoss, SaveError
-from halonet_jax.runtime import distributed
+from halonet_jax.errors import CheckpointError, ConfigError, NonFiniteLoss, SaveError, StorageError
+from halonet_jax.runtime import distributed, storage
+from halonet_jax.training import carry_over
+from halonet_jax.training import checkpoint_files as files
 from halonet_jax.training.state import TrainState, fingerprint
 
 # In messages of TensorStore and the operating system: storage that cannot be reached, rather than a damaged checkpoint.
@@ -23,115 +27,296 @@ _UNREACHABLE = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE
 class Checkpointer:
     """Saves and restores under `directory/<step>`. A checkpoint appears there whole, or not at all.
 
-    It holds a checksum of every array, which is compared when it is read. All processes of a run make the same calls.
+    A checkpoint is a state and a record: JSON values that the owner of the run chooses. Both have checksums, which are compared
+    when they are read. After a save the checkpoint is read back in part. All processes of a run make the same calls.
 
     Args:
-        directory: local or `gs://`.
-        keep: how many of the newest checkpoints stay; the best one by "top1" stays besides.
-        read_only: for evaluation: nothing is created or deleted.
+        directory: local or `gs://`. Any characters will do, apart from a backslash.
+        keep: how many of the newest checkpoints stay. The one with the highest score stays too.
+        read_only: nothing is created or deleted, and another process may save meanwhile.
+
+    Raises:
+        ConfigError: `directory` is a file, or a link to nothing.
+        StorageError: it cannot be opened.
     """
 
     def __init__(self, directory: str | epath.Path, keep: int = 2, read_only: bool = False):
-        self.directory = epath.Path(directory)
-        newest = preservation_policy.LatestN(n=keep)
-        top1 = lambda metrics: metrics.get("top1", -1.0)  # -1: not evaluated
-        best = preservation_policy.BestN(get_metric_fn=top1, n=1, keep_checkpoints_without_metrics=False)
+        self.directory = storage.LiteralPath(directory)
+        _check_is_folder(self.directory)
+        self._keep = keep
+        self._names = files.StepNames()
+        # The step that is being written, the newest that was read back and waited for, and whether this process read it back.
+        self._pending = self._verified = self._read_back = self._manager = None
+        try:
+            if not read_only:
+                self._manager = self._open()
+            self._list()
+        except OSError as error:
+            raise StorageError(
+                f"{self.directory} cannot be opened ({storage.reason(error)}); {storage.remedy(error)}, then give the command again"
+            ) from None
+
+    def _open(self):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            files.delete_unfinished(self.directory)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy([newest, best]),
-            best_fn=top1,  # makes Orbax write the metrics, so that a resumed run knows the best
-            cleanup_tmp_directories=not read_only, create=not read_only,
+            preservation_policy=_Preserve(self._kept), step_name_format=self._names,
+            lightweight_initialize=True,  # else Orbax reads files whose damage would end the start
         )  # fmt: skip
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        handlers = {files.STATE: ocp.PyTreeCheckpointHandler(), files.RECORD: ocp.JsonCheckpointHandler()}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+
+    def _list(self):
+        self._steps = [found.step for found in self._names.find_all(self.directory)]
+        scores = [files.read_score(self._path(step)) for step in self.all_steps()]
+        if self._manager and jax.process_count() > 1 and scores:  # all must keep the same checkpoints
+            scores = [None if math.isnan(x) else x for x in distributed.gather([math.nan if x is None else x for x in scores])]
+        self._scores = {step: score for step, score in zip(self.all_steps(), scores) if score is not None}
+
+    def _path(self, step):
+        return self.directory / str(step)
+
+    # --- what there is
+
+    def all_steps(self) -> list[int]:
+        """Returns the steps of the checkpoints, the oldest first."""
+        return sorted(self._manager.all_steps() if self._manager else self._steps)
 
     def latest_step(self) -> int | None:
-        """Step of the newest checkpoint; None where there is none."""
-        return self._manager.latest_step()
+        """Returns the step of the newest checkpoint; None where there is none."""
+        return max(self.all_steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the highest top-1 accuracy; None where none was evaluated."""
-        scores = {step: (self._manager.metrics(step) or {}).get("top1") for step in self._manager.all_steps()}
-        scores = {step: score for step, score in scores.items() if score is not None}
-        return max(scores, key=lambda step: (scores[step], step)) if scores else None
+        """Returns the step of the checkpoint with the highest score, the newest of several; None where none has a score."""
+        return self._best(self.all_steps())
 
-    def save(self, state: TrainState, position: dict[str, Any], top1: float | None = None) -> None:
+    def _best(self, steps):
+        return max((step for step in steps if step in self._scores), key=lambda step: (self._scores[step], step), default=None)
+
+    def _kept(self, steps):
+        """The steps that stay: the newest, the best, and the newest that was read back."""
+        return {*sorted(steps)[-self._keep :], self._best(steps), self._verified}
+
+    # --- saving
+
+    def save(self, state: TrainState, record: dict[str, Any]) -> None:
         """Copies the state off the device and returns; writing goes on in the background.
 
+        Nothing happens where this step has a checkpoint already.
+
         Args:
-            position: JSON values saved beside the state.
-            top1: accuracy that ranks this checkpoint, where it was evaluated.
+            state: its `step` names the checkpoint.
+            record: JSON values saved beside the state. It may be changed after the call.
 
         Raises:
-            NonFiniteLoss: where an array is not finite (one bad update may follow a good loss); nothing is saved.
-            SaveError: where this checkpoint, or the one before it, cannot be written.
+            NonFiniteLoss: an array is not finite (one bad update may follow a good loss); nothing is saved.
+            SaveError: this checkpoint, or the one before it, cannot be written.
         """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.all_steps():
             return
-        finite, sums = jax.device_get(fingerprint(state))
+        leaves = jax.tree.leaves(state)
+        finite, sums = jax.device_get(fingerprint(leaves))
         if not finite:
             raise NonFiniteLoss(step, "the update made weights or statistics that are not finite")
-        position = {**position, "checksums": dict(zip(_names(state), map(int, sums)))}
+        record = files.pack_record(record, dict(zip(files.names(state), map(int, sums))))
+        self.wait()
+        self._pending = step
+        args = {files.STATE: ocp.args.PyTreeSave(state), files.RECORD: ocp.args.JsonSave(record)}
         with self._writing():
-            self._manager.save(
-                step, metrics={} if top1 is None else {"top1": top1}, force=True,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), position=ocp.args.JsonSave(position)),
-            )  # fmt: skip
+            self._manager.save(step, force=True, args=ocp.args.Composite(**args))
 
-    def restore(self, abstract_state: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads state and position of the newest checkpoint. A damaged one is set aside, with a warning, for the one before.
+    def set_score(self, step: int, score: float) -> None:
+        """Says how good a checkpoint is. It waits until that checkpoint is on disk.
+
+        Args:
+            step: of a checkpoint.
+            score: the higher, the better. One that is not finite counts as none.
+
+        Raises:
+            ValueError: there is no checkpoint of this step.
+            SaveError: the checkpoint or its score cannot be written.
+        """
+        if step not in self.all_steps():
+            raise ValueError(f"no checkpoint of step {step} to give a score; there are: {self._known()}")
+        self.wait()
+        if math.isfinite(score):
+            with self._writing():
+                if jax.process_index() == 0:
+                    files.write_score(self._path(step), float(score))
+            self._scores[step] = float(score)
+            self._delete_old()
+
+    def check(self) -> None:
+        """Raises SaveError where a checkpoint in the background could not be written, or cannot be read back."""
+        with self._writing():
+            if self._manager:
+                self._manager.check_for_errors()
+                if not self._manager.is_saving_in_progress():
+                    self._verify()
+
+    def wait(self) -> None:
+        """Blocks until what was saved is on disk and was read back. Then deletes checkpoints that need not be kept.
+
+        Raises:
+            SaveError: it could not be written, or cannot be read back.
+        """
+        if self._pending is None:
+            return
+        with self._writing():
+            self._manager.wait_until_finished()
+            self._verify()
+        self._verified, self._pending = self._pending, None
+        self._delete_old()
+
+    def close(self) -> None:
+        """Blocks as `wait` does, then ends the background threads.
+
+        Raises:
+            SaveError: as `wait`. The threads are ended then too.
+        """
+        if self._manager is None:
+            return
+        try:
+            self.wait()
+        except SaveError:
+            with contextlib.suppress(Exception):  # it may report the same again
+                self._manager.close()
+            raise
+        with self._writing():
+            self._manager.close()
+
+    def _verify(self):
+        """Reads back what takes little time: whether the checkpoint is listed, its record, metadata and smallest array."""
+        step = self._pending
+        if step is None or self._read_back == step or jax.process_index() > 0:
+            return
+        path = self._names.find_step(self.directory, step).path
+        files.read_record(path)
+        saved = files.read_arrays(path, {"step": files.describe_arrays(path)["step"]})["step"]
+        if saved != step:
+            raise ValueError(f"checkpoint {step} holds step {saved} when it is read back")
+        self._read_back = step
+
+    def _delete_old(self):
+        with self._writing():
+            for step in sorted(set(self.all_steps()) - self._kept(self.all_steps())):
+                self._manager.delete(step)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError:
+            raise  # another process is lost, without which none can save
+        except Exception as error:  # of many types, by what is in the way
+            steps = []
+            with contextlib.suppress(OSError):
+                steps = [found.step for found in self._names.find_all(self.directory) if found.step != self._pending]
+            self._pending = None  # so that closing does not fail anew, with a message that hides this one
+            last = f"The last good one is {self._path(max(steps))}" if steps else "There is none before it"
+            raise SaveError(
+                f"a checkpoint could not be written to {self.directory}: {storage.reason(error)}. {last}; "
+                f"{storage.remedy(error)}, then the same command resumes"
+            ) from error
+
+    # --- restoring
+
+    def restore(
+        self, abstract_state: TrainState, create: Callable[[], TrainState] | None = None
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """Reads state and record of the newest checkpoint. A damaged one is set aside, with a warning, for the one before.
 
         Args:
             abstract_state: `ShapeDtypeStruct`s with the shardings that the state shall have.
+            create: makes a new state like `abstract_state`. Arrays that the checkpoint lacks, as where an EMA was switched on,
+                come from it, and those that it has besides are left out, with a warning each. Without it, all must be there.
+
+        Returns:
+            The state and the record.
 
         Raises:
-            CheckpointError: where no checkpoint can be used, storage cannot be reached, or the arrays are not those of
+            CheckpointError: no checkpoint can be used, storage cannot be reached, or the arrays are not those of
                 `abstract_state`.
         """
+        wanted = dict(zip(files.names(abstract_state), jax.tree.leaves(abstract_state)))
         while True:
-            step = self._find(None)
-            restored = damage = None
+            step, read, damage = self._find(None), None, None
             with distributed.together(f"reading checkpoint {step}"):
                 try:
-                    restored = self._restore(step, abstract_state)
+                    fields = [field.name for field in dataclasses.fields(abstract_state)]
+                    read = self._read(step, wanted, ("step", "params", "model_state") if create else fields)
                 except CheckpointError:
                     raise
                 except Exception as error:  # of many types, by what is damaged
                     damage = self._damage(step, error)
+            if not distributed.gather(damage is not None).any():  # then all read it, and can compute together
+                saved, arrays, record, sums = read
+                damage = _wrong_sums(arrays, sums)
             if not distributed.gather(damage is not None).any():
-                return restored
+                break
             self._set_aside(step, damage or "another process could not read it")
+        arrays = {name: arrays[theirs] for name, theirs in saved.items()}
+        if len(arrays) == len(wanted) == len(sums):
+            leaves = [arrays[name] for name in wanted]
+            return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), record
+        for message, lost in (
+            ("New in the state, since checkpoint %d has none: %s", [name for name in wanted if name not in saved]),
+            ("Left out of checkpoint %d, since the state has none: %s", [name for name in sums if name not in saved.values()]),
+        ):
+            if lost:
+                logging.warning(message, step, carry_over.summarize(lost))
+        return carry_over.complete(abstract_state, list(wanted), arrays, create), record
 
-    def _restore(self, step, abstract_state):
-        self._check_shapes(
-            step, {field.name: getattr(abstract_state, field.name) for field in dataclasses.fields(abstract_state)}
-        )
-        args = ocp.args.Composite(state=_restore_args(abstract_state), position=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        self._check_sums(restored["state"], restored["position"])
-        return restored["state"], restored["position"]
+    def _read(self, step, wanted, parts):
+        """What continues as what, the arrays, the record, the checksums. Arrays of `parts` must be the same on both sides."""
+        path = self._path(step)
+        record, sums = files.read_record(path)
+        described = files.describe_arrays(path)
+        if set(described) != set(sums):
+            raise ValueError("it has other arrays than checksums")
+        saved = carry_over.match(described, wanted)
+        self._check_shapes(step, described, wanted, saved, parts)
+        placed = lambda array, wanted: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=wanted.sharding)
+        arrays = {theirs: placed(described[theirs], wanted[name]) for name, theirs in saved.items()}
+        return saved, files.read_arrays(path, arrays), record, sums
 
-    def _check_sums(self, tree, position):
-        _, sums = jax.device_get(fingerprint(tree))
-        wrong = [name for name, x in zip(_names(tree), sums) if position["checksums"][name] != x]
+    def _check_shapes(self, step, described, wanted, saved, parts):
+        both = described | wanted
+        wrong = sorted(name for name in both if name.split("/")[0] in parts and saved.get(name) != name)
         if wrong:
-            raise ValueError(f"checksum of {wrong[0]} is wrong ({len(wrong)} arrays differ from what was saved)")
+            show = lambda arrays: f"{x.dtype}{list(x.shape)}" if (x := arrays.get(wrong[0])) else "absent"
+            raise CheckpointError(
+                f"{self._path(step)} does not fit the config: {wrong[0]} is {show(described)} there and {show(wanted)} by the "
+                f"config ({len(wrong)} arrays differ); use the config that wrote it, or another workdir"
+            )
 
     def _damage(self, step, error):
-        reason = _reason(error)
+        reason = storage.reason(error)
         if isinstance(error, (PermissionError, MemoryError)) or any(word in reason for word in _UNREACHABLE):
-            raise CheckpointError(f"{self.directory}/{step} cannot be read: {reason}") from None
+            raise CheckpointError(
+                f"{self._path(step)} cannot be read: {reason}; see that this user may read it and that the storage works"
+            ) from None
         return reason
 
     def _set_aside(self, step, damage):
         aside = self.directory.parent / "damaged_checkpoints"
-        if jax.process_index() == 0:
-            aside.mkdir(exist_ok=True)
-            taken = {path.name for path in aside.iterdir()}
-            name = next(name for n in itertools.count() if (name := f"{step}.{n}" if n else str(step)) not in taken)
-            (self.directory / str(step)).rename(aside / name)
-        distributed.gather(0)  # the others go on once it is moved
+        with distributed.together("setting a damaged checkpoint aside"):
+            if jax.process_index() == 0:
+                try:
+                    aside.mkdir(exist_ok=True)
+                    taken = {path.name for path in aside.iterdir()}
+                    name = next(name for n in itertools.count() if (name := f"{step}.{n}" if n else str(step)) not in taken)
+                    self._path(step).rename(aside / name)
+                except OSError as error:
+                    advice = "move that file away" if aside.exists() and not aside.is_dir() else storage.remedy(error)
+                    raise CheckpointError(
+                        f"checkpoint {step} is damaged ({damage}) and cannot be set aside in {aside} ({error}); {advice}, then "
+                        "the same command goes back to the checkpoint before"
+                    ) from None
         self._manager.reload()
+        self._list()
         older = self.latest_step()
         logging.warning("Checkpoint %d is damaged (%s); set aside in %s", step, damage, aside)
         if older is None:
@@ -148,97 +333,95 @@ class Checkpointer:
 
         Args:
             abstract: `(params, model_state)` as `ShapeDtypeStruct`s with the shardings that they shall have.
+            step: of the checkpoint; None: the newest.
+            ema: whether to read the moving averages.
 
         Returns:
             The step and `(params, model_state)`.
 
         Raises:
-            CheckpointError: as `restore`; also where `ema` is asked for and was not kept.
+            CheckpointError: there is no such checkpoint, it is damaged, its arrays are not those of `abstract`, or `ema` is
+                asked for and was not kept.
         """
-        step = self._find(step)
-        names = ("ema_params", "ema_model_state") if ema else ("params", "model_state")
-        wanted = dict(zip(names, abstract))
-        args = ocp.args.Composite(state=_restore_args(wanted, partial_restore=True), position=ocp.args.JsonRestore())
-        try:
-            if ema and self._manager.item_metadata(step)["state"]["ema_params"] is None:
-                raise CheckpointError(f"{self.directory}/{step} has no EMA (it was trained with ema_decay=0); leave out --ema")
-            self._check_shapes(step, {names[0]: abstract[0]})
-            restored = self._manager.restore(step, args=args)
-            self._check_sums(restored["state"], restored["position"])
-        except CheckpointError:
-            raise
-        except Exception as error:  # of many types, by what is damaged
-            others = ", ".join(str(s) for s in sorted(self._manager.all_steps()) if s != step) or "no other"
-            raise CheckpointError(
-                f"{self.directory}/{step} is damaged ({self._damage(step, error)}); give another --step: {others}"
-            ) from None
-        return step, tuple(restored["state"][name] for name in names)
+        parts = ("ema_params", "ema_model_state") if ema else ("params", "model_state")
+        tree = dict(zip(parts, abstract))
+        wanted = dict(zip(files.names(tree), jax.tree.leaves(tree)))
+
+        def read(step):
+            if ema and not any(name.startswith("ema_params/") for name in files.describe_arrays(self._path(step))):
+                raise CheckpointError(f"{self._path(step)} has no EMA (it was trained with ema_decay=0); leave out --ema")
+            _, arrays, _, sums = self._read(step, wanted, parts)
+            if damage := _wrong_sums(arrays, sums):
+                raise ValueError(damage)
+            return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in wanted])
+
+        step, restored = self._retry(step, read)
+        return step, tuple(restored[part] for part in parts)
+
+    def read_record(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the record that was saved with a checkpoint.
+
+        Args:
+            step: of the checkpoint; None: the newest.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, or it is damaged.
+        """
+        return self._retry(step, lambda step: files.read_record(self._path(step))[0])[1]
+
+    def _retry(self, wanted_step, read):
+        """`read` of a step; of a newer one where another process has deleted it meanwhile."""
+        while True:
+            step = self._find(wanted_step)
+            try:
+                return step, read(step)
+            except CheckpointError:
+                raise
+            except Exception as error:  # of many types, by what is damaged
+                if not self._manager and not files.is_finished(self._path(step)):
+                    self._list()
+                    continue
+                others = ", ".join(str(s) for s in self.all_steps() if s != step) or "no other"
+                raise CheckpointError(
+                    f"{self._path(step)} is damaged ({self._damage(step, error)}); give another --step: {others}"
+                ) from None
 
     def _find(self, step):
+        if self._manager:
+            self.wait()
         step = self.latest_step() if step is None else step
-        if step is None or step not in self._manager.all_steps():
-            known = ", ".join(map(str, sorted(self._manager.all_steps()))) or "none"
-            raise CheckpointError(
-                f"no checkpoint {'' if step is None else f'of step {step} '}in {self.directory}; there are: {known}"
-            )
+        if step is None or step not in self.all_steps():
+            which = "" if step is None else f"of step {step} "
+            raise CheckpointError(f"no checkpoint {which}in {self.directory}; there are: {self._known()}")
         return step
 
-    def _check_shapes(self, step, wanted):
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise ValueError("its metadata is missing")
-        saved, wanted = _shapes({name: saved[name] for name in wanted}), _shapes(wanted)
-        wrong = sorted(key for key in saved | wanted if saved.get(key) != wanted.get(key))
-        if wrong:
-            raise CheckpointError(
-                f"{self.directory}/{step} does not fit the config: {wrong[0]} is {saved.get(wrong[0], 'absent')} there and "
-                f"{wanted.get(wrong[0], 'absent')} by the config ({len(wrong)} arrays differ); use the config that wrote it, or "
-                "another workdir"
-            )
-
-    def check(self) -> None:
-        """Raises SaveError where a checkpoint in the background could not be written."""
-        with self._writing():
-            self._manager.check_for_errors()
-
-    def wait(self) -> None:
-        """Blocks until what was saved is on disk, or raises SaveError."""
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits, as `wait`, then frees the background threads."""
-        with self._writing():
-            self._manager.close()
-
-    @contextlib.contextmanager
-    def _writing(self):
-        try:
-            yield
-        except jax.errors.JaxRuntimeError:
-            raise  # another process is lost, without which none can save
-        except Exception as error:  # of many types, by what is in the way
-            steps = sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdigit())
-            last = f"The last good one is {self.directory}/{steps[-1]}" if steps else "There is none before it"
-            raise SaveError(
-                f"a checkpoint could not be written to {self.directory}: {_reason(error)}. {last}; make room, then the same "
-                "command resumes"
-            ) from error
+    def _known(self):
+        return ", ".join(map(str, self.all_steps())) or "none"
 
 
-def _reason(error):
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = re.split(r" \[(?:tensorstore_spec|os_error_code|source locations)=", text)[0]
-    return text if len(text) < 400 else f"{text[:150]} … {text[-250:]}"  # the cause comes last
+class _Preserve(preservation_policy.PreservationPolicy):
+    """Orbax's question which checkpoints stay, answered by `kept`: steps -> steps that stay."""
+
+    def __init__(self, kept):
+        self._kept = kept
+
+    def should_preserve(self, checkpoints, *, context):
+        kept = self._kept([checkpoint.step for checkpoint in checkpoints])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
-def _shapes(tree):
-    return {name: tuple(leaf.shape) for name, leaf in zip(_names(tree), jax.tree.leaves(tree))}
+def _check_is_folder(directory):
+    if os.path.islink(directory) and not directory.exists():
+        raise ConfigError(
+            f"{directory} is a link to {os.readlink(directory)}, which is not there; make that folder, or delete the link"
+        )
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file, and must be a folder of checkpoints; move it away, or give another --workdir")
 
 
-def _names(tree):
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-
-
-def _restore_args(abstract, **options):
-    return ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), **options)
+def _wrong_sums(arrays, expected):
+    _, sums = jax.device_get(fingerprint(list(arrays.values())))
+    wrong = [name for name, x in zip(arrays, sums) if expected[name] != x]
+    if not wrong:
+        return None
+    return f"checksum of {wrong[0]} is wrong ({len(wrong)} arrays differ from what was saved)"

@@ -1,6 +1,6 @@
-"""The compiled heart of a run: what the train and eval steps are, and where their arrays lie.
+"""The programs of a run: state creation, train step and eval step, with the sharding of their arrays.
 
-Training, and the check whether it would fit a TPU slice, build their programs here, so that they are the same programs.
+Training and the sizing for TPU slices both build their programs here. So they compile the same programs.
 """
 
 import functools
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import optax
 
@@ -16,15 +17,16 @@ from halonet_jax.training.task import Task
 
 
 class Programs(NamedTuple):
-    """Jitted, not yet compiled; `train_step.lower(abstract_state, abstract_batch).compile()` needs no device.
+    """Jitted programs, not yet compiled. `train_step.lower(abstract_state, abstract_batch).compile()` needs no device.
 
     Attributes:
+        mesh: the devices that the programs are for.
         schedule: learning rate by step.
         abstract_state: the train state as `ShapeDtypeStruct`s with shardings.
-        create_state: `() -> state`, born where it shall lie.
-        train_step: `(state, batch) -> (state, metrics)`; donates the state.
-        eval_step: `((params, model_state), batch) -> sums`.
-        description: of what the mesh's devices will do, `Task.describe`.
+        create_state: `() -> state`. The state is created with its final sharding.
+        train_step: `(state, batch) -> (state, metrics)`. It donates the state.
+        eval_step: `((params, model_state), batch) -> tree` of `Task.metrics`, whole on every device.
+        description: a line of `Task.describe`, for the start of a run.
     """
 
     mesh: jax.sharding.Mesh
@@ -35,16 +37,36 @@ class Programs(NamedTuple):
     eval_step: Callable
     description: str
 
-    def abstract_batch(self, batch: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
-        """Global shapes of a batch, cut over the mesh."""
+    def abstract_batch(self, task: Task, batch_size: int, training: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns a global batch of the task's fields as `ShapeDtypeStruct`s, cut over the mesh.
+
+        Args:
+            task: its transform gives the fields.
+            batch_size: examples, over all devices. The number of devices must divide it.
+            training: True for a training batch; False for an evaluation batch, which also has a bool `mask` [B].
+        """
+        fields = {name: (field.shape, field.dtype) for name, field in task.transform(training).fields.items()}
+        if not training:
+            fields["mask"] = ((), "bool")
         cut = jax.NamedSharding(self.mesh, sharding.BATCH)
-        return {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut) for key, x in batch.items()}
+        return {
+            name: jax.ShapeDtypeStruct((batch_size, *shape), jnp.dtype(dtype), sharding=cut)
+            for name, (shape, dtype) in fields.items()
+        }
 
 
 def make_programs(
     config: ml_collections.ConfigDict, task: Task, mesh: jax.sharding.Mesh, total_steps: int, steps_per_epoch: float
 ) -> Programs:
-    """The programs of a config on a mesh, whose devices may be those of a topology that is not at hand."""
+    """Returns the programs of a config on a mesh. The mesh may be of a topology without real devices.
+
+    Args:
+        config: the whole config.
+        task: the task of the config.
+        mesh: from `sharding.make_mesh`.
+        total_steps: steps of the whole schedule.
+        steps_per_epoch: converts the warm-up from epochs to steps.
+    """
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule)
     create_state = functools.partial(state.create, task, tx, config.seed, ema=config.ema_decay > 0)

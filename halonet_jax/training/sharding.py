@@ -1,32 +1,39 @@
-"""The device mesh and where arrays lie on it.
+"""The device mesh and the sharding of arrays on it.
 
-Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Batches are cut over both.
+The parameters are replicated over the axis `data` and sharded over the axis `fsdp`. Batches are cut over both.
 """
 
-import collections
 import contextlib
 import os
+import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))
-# Smaller arrays are copied rather than shared out: gathering them would cost more than they save.
+# Smaller arrays are replicated: gathering them would cost more than sharding saves.
 MIN_SHARDED_SIZE = 2**14
 
 
 def use_cpu_cores(parts: int) -> None:
-    """Makes cores of this machine devices of their own, as many as divide `parts`; to be called before JAX touches a device.
+    """Makes each CPU core a JAX device. Call it before JAX touches a device.
 
-    Of use where there is no accelerator, and without effect where there is one: two cores with a program each are faster than
-    one program on both (docs/performance.md). Each holds a copy of the state, as every device does. Nothing changes where several
-    processes run, where JAX_NUM_CPU_DEVICES or XLA_FLAGS gives the number, and where JAX has its devices already. Give the
-    number where a container's share of CPU time is less than the cores that it sees.
+    Two cores with a program each are faster than one program on both (docs/performance.md). The number of devices is
+    the largest that divides `parts` and is at most the number of cores. Each device holds a copy of the state.
+
+    It has no effect with an accelerator, with several processes, if JAX has already created its devices, or if
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS sets the number. Set JAX_NUM_CPU_DEVICES in a container that may use less CPU time
+    than the cores that it sees.
+
+    Args:
+        parts: number of equal parts that a batch may be cut into, at least 1.
     """
     given = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or jax.distributed.is_initialized():
@@ -37,24 +44,38 @@ def use_cpu_cores(parts: int) -> None:
 
 
 def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
-    """A `[data, fsdp]` mesh over all devices; `fsdp` must divide their number.
+    """Returns a `[data, fsdp]` mesh.
 
-    Devices are in the order of their processes, so that process p of P holds the p-th part of every batch, and one copy of the
-    state lies within a host where it can. Collectives over all devices do not depend on the order.
+    Devices are ordered by process. So process p holds the p-th part of every batch, and a copy of the state stays
+    within one host if the host has enough devices. Collectives over all devices do not depend on the order.
+
+    Args:
+        fsdp: number of devices that share one copy of the state. It must divide the number of devices.
+        devices: a sequence of devices; None: all devices of the run.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Makes the mesh known to what is traced: which devices it is for, and how operators that XLA cannot cut are to be cut."""
+    """Returns a context in which traced code knows the mesh.
+
+    Operators that XLA cannot partition, such as Pallas kernels, read from it how to cut their arrays.
+
+    Args:
+        mesh: the mesh; None: the context does nothing.
+    """
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """One rule for the whole state: an array's largest axis that `fsdp` divides is shared out, unless the array is small.
+    """Returns the sharding of every array of a state.
+
+    An array is cut over `fsdp` along its largest axis that `fsdp` divides. Arrays of less than `MIN_SHARDED_SIZE`
+    elements, and arrays without such an axis, are replicated.
 
     Args:
+        mesh: from `make_mesh`.
         state: pytree of arrays or `ShapeDtypeStruct`s.
 
     Returns:
@@ -73,39 +94,89 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 
 
 class DeviceBatches:
-    """Iterates over each host's share of a batch as global arrays cut over the mesh, placed `ahead` batches early.
+    """Context that reads batches in the background. Iterating over it yields global arrays, cut over the mesh.
 
     Args:
-        batches: dicts of arrays `[local batch, ...]`; `num_corrupt` is read from it.
+        batches: an iterator over dicts of this process's rows, `[local batch, ...]`. Its `close()` and `num_corrupt`
+            are used if it has them. The background thread closes it at the end.
+        mesh: the mesh that the batch axis is cut over.
+        ahead: number of batches to place on the devices in advance.
+        check: called every tenth of a second while the caller waits for a batch. An exception from it ends the wait.
 
     Attributes:
-        seconds_waited: for the loader, since the last `pop_seconds_waited`.
-        num_corrupt: of the batches handed out so far.
+        num_corrupt: the loader's count of corrupt examples, for the batches handed out so far.
     """
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]], mesh: Mesh, ahead: int = 2):
-        self.seconds_waited = 0.0
+    _POLL, _END = 0.1, 5.0  # seconds
+
+    def __init__(
+        self,
+        batches: Iterator[dict[str, np.ndarray]],
+        mesh: Mesh,
+        ahead: int = 2,
+        check: Callable[[], None] = lambda: None,
+    ):
         self.num_corrupt = 0
-        self._batches, self._sharding, self._ahead = batches, NamedSharding(mesh, BATCH), ahead
-        self._queue = collections.deque()
+        self._seconds_waited = 0.0
+        self._batches, self._sharding, self._check = batches, NamedSharding(mesh, BATCH), check
+        self._queue, self._ended = queue.Queue(ahead), threading.Event()
+        self._thread = threading.Thread(target=self._read, name="halonet_jax batches", daemon=True)
+
+    def __enter__(self) -> "DeviceBatches":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        with contextlib.suppress(queue.Empty):
+            while True:  # empties the queue: a full one would block the thread
+                self._queue.get_nowait()
+        self._thread.join(self._END)
+        if self._thread.is_alive():
+            logging.warning("The data loader did not end within %d s; a disk or worker process hangs", self._END)
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
-        while self._fill():
-            batch, self.num_corrupt = self._queue.popleft()
+        while True:
+            batch, num_corrupt, error = self._next()
+            if error is not None:
+                raise error
+            if batch is None:
+                return
+            self.num_corrupt = num_corrupt
             yield batch
 
     def pop_seconds_waited(self) -> float:
-        """Seconds that the host waited for the loader since the last call."""
-        seconds, self.seconds_waited = self.seconds_waited, 0.0
+        """Returns the seconds that the caller waited for batches since the last call."""
+        seconds, self._seconds_waited = self._seconds_waited, 0.0
         return seconds
 
-    def _fill(self):
-        while len(self._queue) < self._ahead:
-            begin = time.monotonic()
-            batch = next(self._batches, None)
-            self.seconds_waited += time.monotonic() - begin
-            if batch is None:
-                break
-            put = {k: jax.make_array_from_process_local_data(self._sharding, v) for k, v in batch.items()}
-            self._queue.append((put, getattr(self._batches, "num_corrupt", 0)))
-        return self._queue
+    def _next(self):
+        begin = time.monotonic()
+        try:
+            while True:
+                try:
+                    return self._queue.get(timeout=self._POLL)
+                except queue.Empty:
+                    self._check()
+        finally:
+            self._seconds_waited += time.monotonic() - begin
+
+    def _read(self):
+        try:
+            for batch in self._batches:
+                placed = {k: jax.make_array_from_process_local_data(self._sharding, v) for k, v in batch.items()}
+                if not self._put((placed, getattr(self._batches, "num_corrupt", 0), None)):
+                    return
+            self._put((None, 0, None))
+        except BaseException as error:
+            self._put((None, 0, error))
+        finally:
+            if hasattr(self._batches, "close"):
+                self._batches.close()
+
+    def _put(self, item):
+        while not self._ended.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=self._POLL)
+                return True
+        return False

@@ -1,27 +1,43 @@
-"""The contract between a task (a model with its loss) and the training loop."""
+"""The contract between a task and the training loop. Each task is a value of the type `Task`."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from halonet_jax.training.evaluation import Evaluator, SumEvaluator
 
 
-class Task(NamedTuple):
-    """Four pure functions and a word on them; classification and detection are two values of this type.
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A model with its loss, its input and its evaluation.
 
-    `params` and `model_state` are pytrees of arrays, the latter what a forward pass changes (batch statistics). `batch` is
-    the loader's dict of arrays with the batch axis first; in evaluation it holds `mask` `[B]`, False for padding.
+    `params` and `model_state` are pytrees of arrays. A forward pass changes `model_state`, the batch statistics. A
+    batch is a dict of arrays with the batch axis first. It has the fields of `transform`. Evaluation batches also have
+    a bool `mask` `[B]`, which is False for padding.
 
     Attributes:
         init: `(rng) -> (params, model_state)`.
-        loss: `(params, model_state, batch, rng) -> (loss, (model_state, metrics))`, in training mode; loss and metrics are
-            float32 means over the batch.
+        loss: `(params, model_state, batch, rng) -> (loss, (model_state, metrics))`, in training mode. Loss and metrics
+            are float32 means over the batch.
         predict: `(params, model_state, batch) -> outputs`, in evaluation mode.
-        metrics: `(outputs, batch) -> dict` of sums over the examples in `mask`, with their number under "count". Means are
-            had by division after the last batch, so that they are exact for any batch size and number of devices.
-        describe: `() -> str`, a line for the start of a run on what the devices of the mesh that is set will do.
+        metrics: `(outputs, batch) -> tree of arrays`, compiled together with `predict`. For `SumEvaluator` the arrays
+            are sums over the examples in `mask`. A task's own evaluator may take others, such as boxes and scores per
+            example.
+        evaluator: `() -> Evaluator`. The evaluator takes those arrays on the host and returns the result of a split.
+        primary_metric: key of that result. It ranks checkpoints and is drawn in curves. Higher is better.
+        transform: `(training) -> halonet_jax.data.Transform`. The transform turns a source's record into the fields of
+            a row. Its `fields` give the shapes and dtypes of a batch.
+        metadata: JSON values that a checkpoint stores, so that it can be used without the training data: `class_names`
+            and `preprocessing`.
+        describe: `() -> str`, a line that is printed at the start of a run: the implementation that the devices use.
     """
 
     init: Callable[..., tuple[Any, Any]]
-    loss: Callable[..., tuple[Any, tuple[Any, dict]]]
-    predict: Callable[..., Any]
-    metrics: Callable[..., dict]
+    loss: Callable[..., tuple[Any, tuple[Any, dict]]] | None
+    predict: Callable[..., Any] | None
+    metrics: Callable[..., Any] | None
+    evaluator: Callable[[], Evaluator] = SumEvaluator
+    primary_metric: str = "loss"
+    transform: Callable[[bool], Any] | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     describe: Callable[[], str] = lambda: ""

@@ -5,6 +5,7 @@ import io
 import cv2
 import numpy as np
 import pytest
+import simplejpeg
 from PIL import Image
 
 from halonet_jax import data
@@ -16,6 +17,12 @@ def _pil(image, file_format, **kwargs):
     return buffer.getvalue()
 
 
+def _with_alpha(image):
+    image = image.copy()
+    image.putalpha(Image.linear_gradient("L").resize(image.size).point(lambda value: value // 2 + 128))
+    return image
+
+
 FILES = {
     "jpeg": lambda im: _pil(im, "JPEG", quality=95),
     "progressive jpeg": lambda im: _pil(im, "JPEG", quality=95, progressive=True),
@@ -25,7 +32,9 @@ FILES = {
     "rgba png": lambda im: _pil(im.convert("RGBA"), "PNG"),
     "palette png": lambda im: _pil(im.convert("P"), "PNG"),
     "gray-alpha png": lambda im: _pil(im.convert("LA"), "PNG"),
-    "webp": lambda im: _pil(im, "WEBP", lossless=True),
+    "webp": lambda im: _pil(im, "WEBP", quality=100),
+    "lossless webp": lambda im: _pil(im, "WEBP", lossless=True),
+    "rgba webp": lambda im: _pil(_with_alpha(im), "WEBP", lossless=True),
     "bmp": lambda im: _pil(im, "BMP"),
 }
 
@@ -40,18 +49,49 @@ def test_decode_agrees_with_pillow(photo, kind):
 
 
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.98])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5, 0.95, 0.98])
 def test_truncated_files_raise(photo, kind, share):
     encoded = FILES[kind](Image.fromarray(photo()))
     with pytest.raises(data.CorruptImage):
         data.decode(encoded[: int(share * len(encoded))])
 
 
-@pytest.mark.parametrize("junk", [b"", b"\xff\xd8", b"not an image", b"\x89PNG\r\n\x1a\n", bytes(1000)])
+JUNK = [
+    b"", b"\xff\xd8", b"not an image", b"\x89PNG\r\n\x1a\n", bytes(1000), b"RIFF", b"RIFF1234WEBPVP8 ", b"BM", b"BM" + bytes(99),
+]
+
+
+@pytest.mark.parametrize("junk", JUNK)
 def test_junk_raises(junk):
     with pytest.raises(data.CorruptImage) as e:
         data.decode(junk)
     assert str(e.value)
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "TIFF", "PPM"])
+def test_other_formats_are_refused(photo, file_format):
+    """OpenCV would decode some of them, whatever size they claim."""
+    with pytest.raises(data.CorruptImage, match="no JPEG, PNG, WebP or BMP"):
+        data.decode(_pil(Image.fromarray(photo()), file_format))
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_too_many_pixels_raise_before_anything_is_decoded(photo, kind, monkeypatch):
+    encoded = FILES[kind](Image.fromarray(photo()))
+    assert data.decode(encoded, max_pixels=7500).size == 3 * 7500
+    monkeypatch.delattr(cv2, "imdecode")
+    monkeypatch.delattr(simplejpeg, "decode_jpeg")
+    with pytest.raises(data.CorruptImage, match="^100 x 75 pixels, more than data.max_pixels=7499$"):
+        data.decode(encoded, max_pixels=7499)
+
+
+@pytest.mark.parametrize("kind, at, big_endian", [("jpeg", b"\xff\xc0", True), ("webp", b"\x9d\x01\x2a", False)])
+def test_a_header_that_claims_too_much_is_not_believed(photo, kind, at, big_endian):
+    encoded = bytearray(FILES[kind](Image.fromarray(photo())))
+    start = encoded.find(at) + (5 if kind == "jpeg" else 3)
+    encoded[start : start + 4] = (16000).to_bytes(2, "big" if big_endian else "little") * 2
+    with pytest.raises(data.CorruptImage, match="16000 x 16000 pixels, more than data.max_pixels=134217728"):
+        data.decode(bytes(encoded))
 
 
 def test_sixteen_bit_png_keeps_the_upper_byte(photo):
@@ -73,6 +113,39 @@ def test_harmless_flaws_are_no_corruption(photo):
     encoded = _pil(Image.fromarray(photo()), "JPEG")
     flawed = encoded[:-2] + b"\x00\x00\x00" + encoded[-2:]
     np.testing.assert_array_equal(data.decode(flawed), data.decode(encoded))
+
+
+@pytest.mark.parametrize("options", [{"restart_marker_rows": 1}, {}, {"progressive": True}], ids=str)
+def test_damage_within_a_jpeg_is_no_truncation(photo, options):
+    """Pillow and others show such a file, with some wrong pixels; so do we."""
+    whole = _pil(Image.fromarray(photo(noise=0.0)), "JPEG", quality=95, **options)
+    begin, strict_errors, wrong = whole.find(b"\xff\xda") + 14, 0, []
+    for at in np.linspace(begin, len(whole) - 12, 40).astype(int):
+        damaged = whole[:at] + b"\x12" * 10 + whole[at + 10 :]
+        try:
+            simplejpeg.decode_jpeg(damaged, "RGB")
+        except ValueError:
+            strict_errors += 1
+        try:
+            expected = np.asarray(Image.open(io.BytesIO(damaged)).convert("RGB")).astype(int)
+        except OSError:  # damage to a table between two scans
+            continue
+        got = data.decode(damaged)
+        wrong.append((abs(got - expected).max(-1) > 8).mean())
+    assert strict_errors > 10 and len(wrong) > 20
+    assert np.mean(wrong) < 0.05
+
+
+@pytest.mark.parametrize("trailer", [b"", bytes(5000), b"\xff" * 9], ids=["none", "zeros", "ff"])
+def test_the_end_is_looked_for_behind_a_thumbnail_and_before_a_trailer(photo, trailer):
+    """An EXIF thumbnail is a JPEG with an end of its own; cameras and downloads leave bytes behind the image's end."""
+    thumbnail = _pil(Image.fromarray(photo(20, 30)), "JPEG")
+    exif = b"Exif\0\0II*\0\x08\0\0\0\0\0" + thumbnail
+    whole = _pil(Image.fromarray(photo()), "JPEG", exif=exif)
+    assert data.decode(whole + trailer).shape == (75, 100, 3)
+    for share in (0.1, 0.5, 0.95):
+        with pytest.raises(data.CorruptImage, match="truncated"):
+            data.decode(whole[: int(share * len(whole))] + trailer)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (64, 64), (37, 200), (300, 41), (512, 512)])

@@ -17,7 +17,6 @@ class Numbered:
     """n images of one gray level each, numbered; those in `broken` don't decode."""
 
     class_names = tuple("abcde")
-    num_classes = 5
 
     def __init__(self, n, broken=(), label=lambda i: i % 5):
         self.n, self.broken, self.label = n, broken, label
@@ -28,10 +27,20 @@ class Numbered:
     def __getitem__(self, index):
         if index in self.broken:
             raise self.broken[index] if isinstance(self.broken, dict) else data.CorruptImage("bad bytes")
-        return data.Example(np.full((8, 8, 3), index, np.uint8), self.label(index), self.name(index))
+        return {"image": np.full((8, 8, 3), index, np.uint8), "label": self.label(index)}
 
     def name(self, index):
         return f"numbered[{index}]"
+
+
+def train_batches(source, config, **kwargs):
+    transform = data.ClassificationTransform(config, num_classes=len(source.class_names), training=True)
+    return data.train_batches(source, transform, config, **kwargs)
+
+
+def eval_batches(source, config, **kwargs):
+    transform = data.ClassificationTransform(config, num_classes=len(source.class_names), training=False)
+    return data.eval_batches(source, transform, config, **kwargs)
 
 
 def take(loader, count):
@@ -65,7 +74,7 @@ def digits(data_config):
 @pytest.fixture(scope="module")
 def reference(digits, data_config):
     """Augmented batches of 48: two epochs of 29.9 steps and a little more."""
-    return take(data.train_batches(digits, data_config(), batch_size=48, seed=1), 62)
+    return take(train_batches(digits, data_config(), batch_size=48, seed=1), 62)
 
 
 # --- training
@@ -82,14 +91,14 @@ def test_batches_are_plain_arrays(reference):
 
 @pytest.mark.parametrize("step", [1, 29, 30, 59])
 def test_starting_at_a_step_gives_its_batch(digits, data_config, reference, step):
-    loader = data.train_batches(digits, data_config(), batch_size=48, seed=1, start_step=step)
+    loader = train_batches(digits, data_config(), batch_size=48, seed=1, start_step=step)
     assert_same(take(loader, 2), reference[step : step + 2])
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_share_out_the_batch(digits, data_config, reference, count):
     parts = [
-        take(data.train_batches(digits, data_config(), batch_size=48, seed=1, process_index=p, process_count=count), 3)
+        take(train_batches(digits, data_config(), batch_size=48, seed=1, process_index=p, process_count=count), 3)
         for p in range(count)
     ]
     joined = [{k: np.concatenate([part[i][k] for part in parts]) for k in ("image", "label")} for i in range(3)]
@@ -98,18 +107,18 @@ def test_processes_share_out_the_batch(digits, data_config, reference, count):
 
 @pytest.mark.parametrize("how", [{"num_threads": 1}, {"num_threads": 7, "prefetch": 1}, {"num_threads": 0}, {"num_workers": 2}])
 def test_threads_and_workers_change_nothing(digits, data_config, reference, how):
-    loader = data.train_batches(digits, data_config(**how), batch_size=48, seed=1, start_step=28)
+    loader = train_batches(digits, data_config(**how), batch_size=48, seed=1, start_step=28)
     assert_same(take(loader, 5), reference[28:33])
 
 
 def test_seeds_differ(digits, data_config, reference):
-    other = take(data.train_batches(digits, data_config(), batch_size=48, seed=2), 1)
+    other = take(train_batches(digits, data_config(), batch_size=48, seed=2), 1)
     assert not np.array_equal(other[0]["label"], reference[0]["label"])
 
 
 @pytest.mark.parametrize("n, batch_size", [(10, 4), (7, 7), (3, 8), (1, 2)])
 def test_epochs_are_permutations_without_remainder(plain, n, batch_size):
-    loader = data.train_batches(Numbered(n), plain(), batch_size=batch_size, seed=0)
+    loader = train_batches(Numbered(n), plain(), batch_size=batch_size, seed=0)
     order = numbers(take(loader, 6 * n))[: 6 * n].reshape(6, n)
     np.testing.assert_array_equal(np.sort(order, axis=1), np.tile(np.arange(n), (6, 1)))
     assert n < 7 or len({tuple(epoch) for epoch in order}) == 6
@@ -118,9 +127,9 @@ def test_epochs_are_permutations_without_remainder(plain, n, batch_size):
 def test_augmentation_differs_between_epochs_and_examples(data_config):
     class Same(Numbered):
         def __getitem__(self, index):
-            return data.Example(np.arange(3072).astype(np.uint8).reshape(32, 32, 3), 0, "same")
+            return {"image": np.arange(3072).astype(np.uint8).reshape(32, 32, 3), "label": 0}
 
-    loader = data.train_batches(Same(2), data_config(randaugment_layers=0), batch_size=2, seed=0)
+    loader = train_batches(Same(2), data_config(randaugment_layers=0), batch_size=2, seed=0)
     images = np.concatenate([b["image"] for b in take(loader, 4)])
     assert len({image.tobytes() for image in images}) == 8
 
@@ -133,7 +142,7 @@ def test_augmentation_differs_between_epochs_and_examples(data_config):
 def test_eval_counts_every_example_once(plain, n, batch_size, count):
     seen = []
     for p in range(count):
-        loader = data.eval_batches(Numbered(n), plain(), batch_size=batch_size, process_index=p, process_count=count)
+        loader = eval_batches(Numbered(n), plain(), batch_size=batch_size, process_index=p, process_count=count)
         batches = list(loader)
         assert len(batches) == len(loader) == -(-n // batch_size)
         for batch in batches:
@@ -146,7 +155,7 @@ def test_eval_counts_every_example_once(plain, n, batch_size, count):
 
 def test_eval_with_workers(data_config):
     source = data.open_source(data_config(), "test")
-    loaders = (data.eval_batches(source, data_config(num_workers=w), batch_size=80) for w in (0, 2))
+    loaders = (eval_batches(source, data_config(num_workers=w), batch_size=80) for w in (0, 2))
     first, second = map(list, loaders)
     assert len(first) == 5 and sum(b["mask"].sum() for b in first) == 360
     assert_same(first, second)
@@ -177,7 +186,7 @@ def warnings(monkeypatch):
 def test_train_replaces_and_names_corrupt_images(broken_folder, warnings, workers):
     config = broken_folder(num_workers=workers)
     source = data.open_source(config, "train")
-    loader = data.train_batches(source, config, batch_size=12, seed=0)
+    loader = train_batches(source, config, batch_size=12, seed=0)
     labels = [sorted(b["label"]) for b in take(loader, 3)]
     # 1 -> 2 (ant), 6 -> 7 (bee), 11 -> 0 (ant)
     assert labels == [[0] * 7 + [1] * 5] * 3
@@ -188,7 +197,7 @@ def test_train_replaces_and_names_corrupt_images(broken_folder, warnings, worker
 
 def test_count_is_of_batches_handed_out(broken_folder, warnings):
     config = broken_folder()
-    loader = data.train_batches(data.open_source(config, "train"), config, batch_size=12, seed=0)
+    loader = train_batches(data.open_source(config, "train"), config, batch_size=12, seed=0)
     assert loader.num_corrupt == 0
     take(loader, 1)
     assert loader.num_corrupt == 3
@@ -197,10 +206,10 @@ def test_count_is_of_batches_handed_out(broken_folder, warnings):
 def test_replacement_obeys_the_law(plain, warnings):
     """Number 3 is corrupt: 4 stands in for it, whatever the processes."""
     source = Numbered(6, broken=(3,))
-    whole = numbers(take(data.train_batches(source, plain(), batch_size=6, seed=0), 2))
+    whole = numbers(take(train_batches(source, plain(), batch_size=6, seed=0), 2))
     assert sorted(whole[:6]) == [0, 1, 2, 4, 4, 5]
     halves = [
-        numbers(take(data.train_batches(source, plain(), batch_size=6, seed=0, process_index=p, process_count=2), 1))
+        numbers(take(train_batches(source, plain(), batch_size=6, seed=0, process_index=p, process_count=2), 1))
         for p in range(2)
     ]
     np.testing.assert_array_equal(np.concatenate(halves), whole[:6])
@@ -208,13 +217,13 @@ def test_replacement_obeys_the_law(plain, warnings):
 
 def test_eval_masks_corrupt_images(broken_folder, warnings):
     config = broken_folder()
-    loader = data.eval_batches(data.open_source(config, "train"), config, batch_size=8)
+    loader = eval_batches(data.open_source(config, "train"), config, batch_size=8)
     mask = np.concatenate([b["mask"] for b in loader])
     assert np.flatnonzero(~mask).tolist() == [1, 6, 11, 12, 13, 14, 15]
     assert loader.num_corrupt == 3 and len(warnings) == 3
 
 
-@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+@pytest.mark.parametrize("start", [eval_batches, lambda *a, **k: train_batches(*a, seed=0, **k)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stop_names_the_file_and_the_remedy(broken_folder, start, workers):
     config = broken_folder(on_corrupt="stop", num_workers=workers)
@@ -230,22 +239,22 @@ def test_vanished_files_count_as_corrupt(broken_folder, warnings):
     source = data.open_source(config, "train")
     gone = source.name(3)
     os.remove(gone)
-    loader = data.eval_batches(source, config, batch_size=12)
+    loader = eval_batches(source, config, batch_size=12)
     assert not next(loader)["mask"][3] and any(gone in line for line in warnings)
     loader.close()
 
 
 def test_too_many_corrupt_images_stop_the_run(plain, warnings):
-    loader = data.train_batches(Numbered(40, broken=range(40)), plain(), batch_size=2, seed=0)
+    loader = train_batches(Numbered(40, broken=range(40)), plain(), batch_size=2, seed=0)
     with pytest.raises(data.DataError, match="16 images in a row"):
         next(loader)
 
 
 @pytest.mark.parametrize("label", [-1, 5])
-@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+@pytest.mark.parametrize("start", [eval_batches, lambda *a, **k: train_batches(*a, seed=0, **k)])
 def test_labels_out_of_range_stop_the_run(plain, label, start):
     loader = start(Numbered(4, label=lambda i: label if i == 2 else 0), plain(), batch_size=4)
-    with pytest.raises(data.DataError, match=rf"numbered\[2\] has label {label}; labels run from 0 to 4"):
+    with pytest.raises(data.DataError, match=rf"numbered\[2\]: label {label} is not between 0 and 4"):
         next(loader)
 
 
@@ -262,7 +271,7 @@ def test_labels_out_of_range_stop_the_run(plain, label, start):
         ({"batch_size": 4}, {"randaugment_ops": ("rotat",)}, "'rotat'.*rotate"),
     ],
 )
-@pytest.mark.parametrize("start", [data.eval_batches, lambda *a, **k: data.train_batches(*a, seed=0, **k)])
+@pytest.mark.parametrize("start", [eval_batches, lambda *a, **k: train_batches(*a, seed=0, **k)])
 def test_wrong_arguments(data_config, arguments, config, message, start):
     with pytest.raises(data.DataError, match=message):
         start(Numbered(4), data_config(**config), **arguments)
@@ -270,19 +279,19 @@ def test_wrong_arguments(data_config, arguments, config, message, start):
 
 def test_wrong_seed_and_empty_source(data_config):
     with pytest.raises(data.DataError, match="seed -1"):
-        data.train_batches(Numbered(4), data_config(), batch_size=2, seed=-1)
+        train_batches(Numbered(4), data_config(), batch_size=2, seed=-1)
     with pytest.raises(data.DataError, match="no example"):
-        data.eval_batches(Numbered(0), data_config(), batch_size=2)
+        eval_batches(Numbered(0), data_config(), batch_size=2)
 
 
 def test_train_has_no_length(data_config):
-    with data.train_batches(Numbered(4), data_config(), batch_size=2, seed=0) as loader, pytest.raises(TypeError):
+    with train_batches(Numbered(4), data_config(), batch_size=2, seed=0) as loader, pytest.raises(TypeError):
         len(loader)
 
 
 def test_close_ends_the_threads(data_config, digits):
     before = set(threading.enumerate())
-    loader = data.train_batches(digits, data_config(num_threads=3), batch_size=8, seed=0)
+    loader = train_batches(digits, data_config(num_threads=3), batch_size=8, seed=0)
     next(loader)
     assert len(set(threading.enumerate()) - before) >= 3
     loader.close()
@@ -300,7 +309,8 @@ import ml_collections
 from halonet_jax import data
 config = ml_collections.ConfigDict({config})
 if __name__ == "__main__":
-    loader = data.train_batches(data.open_source(config, "train"), config, batch_size=4, seed=0)
+    transform = data.ClassificationTransform(config, num_classes=10, training=True)
+    loader = data.train_batches(data.open_source(config, "train"), transform, config, batch_size=4, seed=0)
     next(loader)
     print("handed out")
 """

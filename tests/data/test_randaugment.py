@@ -110,18 +110,18 @@ def test_randaugment_draws_all_ops_and_is_reproducible(photo, monkeypatch):
     for name, op in ra.OPS.items():
         monkeypatch.setitem(ra.OPS, name, lambda *a, name=name, op=op: called.append(name) or op(*a))
     for seed in range(100):
-        first, again = (ra.randaugment(image, RNG(seed), 2, 10.0) for _ in range(2))
+        first, again = (ra.apply_random_ops(image, RNG(seed), 2, 10.0) for _ in range(2))
         np.testing.assert_array_equal(first, again)
     assert set(called) == set(ra.OPS) and len(called) == 400
 
 
 def test_randaugment_keeps_to_the_chosen_ops(photo):
     image = photo()
-    np.testing.assert_array_equal(ra.randaugment(image, RNG(0), 1, 10.0, ("invert",)), 255 - image)
-    np.testing.assert_array_equal(ra.randaugment(image, RNG(0), 2, 10.0, ("invert",)), image)
-    np.testing.assert_array_equal(ra.randaugment(image, RNG(0), 0, 10.0), image)
+    np.testing.assert_array_equal(ra.apply_random_ops(image, RNG(0), 1, 10.0, ("invert",)), 255 - image)
+    np.testing.assert_array_equal(ra.apply_random_ops(image, RNG(0), 2, 10.0, ("invert",)), image)
+    np.testing.assert_array_equal(ra.apply_random_ops(image, RNG(0), 0, 10.0), image)
 
 
 def test_unknown_op_names_the_closest(photo):
     with pytest.raises(data.DataError, match="'ShearX' is unknown; did you mean shear_"):
-        ra.randaugment(photo(), RNG(0), 1, 10.0, ("invert", "ShearX"))
+        ra.apply_random_ops(photo(), RNG(0), 1, 10.0, ("invert", "ShearX"))

@@ -23,6 +23,10 @@ def _error(config, split):
     return str(e.value)
 
 
+def _transform(config):
+    return data.ClassificationTransform(config, num_classes=2, training=False)
+
+
 def test_unknown_source(data_config):
     assert "tfds, folder, digits" in _error(data_config(source="hdf5"), "train")
 
@@ -34,27 +38,28 @@ def test_digits_splits_are_disjoint_and_complete(data_config):
     train, test = (data.open_source(data_config(), s) for s in ("train", "test"))
     assert (len(train), len(test)) == (1437, 360)
     assert train.num_classes == 10 and train.class_names == tuple("0123456789")
-    images = {s[i].image.tobytes() for s in (train, test) for i in range(len(s))}
+    images = {s[i]["image"].tobytes() for s in (train, test) for i in range(len(s))}
     assert len(images) == 1797
 
 
 def test_digits_split_is_stratified(data_config):
     def shares(split):
         source = data.open_source(data_config(), split)
-        return np.bincount([source[i].label for i in range(len(source))], minlength=10) / len(source)
+        return np.bincount([source[i]["label"] for i in range(len(source))], minlength=10) / len(source)
 
     np.testing.assert_allclose(shares("train"), shares("test"), atol=0.004)
 
 
 def test_digits_example(data_config):
-    example = data.open_source(data_config(), "test")[3]
-    assert example.image.shape == (8, 8, 3) and example.image.dtype == np.uint8
-    assert example.image.max() == 255 and example.name == "digits/test[3]"
+    source = data.open_source(data_config(), "test")
+    example = source[3]
+    assert example["image"].shape == (8, 8, 3) and example["image"].dtype == np.uint8
+    assert example["image"].max() == 255 and source.name(3) == "digits/test[3]"
 
 
 def test_digits_split_is_fixed(data_config):
     source = data.open_source(data_config(), "test")
-    assert [source[i].label for i in range(12)] == [1, 4, 8, 6, 5, 9, 9, 1, 3, 2, 2, 2]
+    assert [source[i]["label"] for i in range(12)] == [1, 4, 8, 6, 5, 9, 9, 1, 3, 2, 2, 2]
 
 
 def test_digits_unknown_split(data_config):
@@ -74,14 +79,14 @@ def test_folder_holds_every_image_once(data_config, image_folder):
     config = data_config(source="folder", dir=str(root))
     source = data.open_source(config, "train")
     assert source.class_names == ("ant", "bee") and source.num_classes == 2
-    names = [pathlib.Path(source[i].name).relative_to(root / "train").as_posix() for i in range(len(source))]
+    names = [pathlib.Path(source.name(i)).relative_to(root / "train").as_posix() for i in range(len(source))]
     assert names == ["ant/0.jpg", "ant/1.jpg", "ant/2.jpg", "ant/X.JPEG"] + [
         "bee/0.jpg", "bee/1.jpg", "bee/2.jpg", "bee/more/y.webp"
     ]  # fmt: skip
-    assert [source[i].label for i in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
-    assert source[3].image == b"x"
+    assert [source[i]["label"] for i in range(8)] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert source[3]["image"] == b"x"
     # A class that only train has keeps its number in the eval split.
-    assert {data.open_source(config, "val")[i].label for i in range(3)} == {1}
+    assert {data.open_source(config, "val")[i]["label"] for i in range(3)} == {1}
 
 
 @pytest.mark.parametrize("have, want", [("val", "validation"), ("validation", "val"), ("test", "validation")])
@@ -146,8 +151,8 @@ def test_tfds_reads_every_example(tiny, split, count):
     numbers = []
     for i in range(count):
         example = source[i]
-        number = data.decode(example.image)[0, 0, 0] // 10
-        assert example.label == number % 2 and example.name == f"tiny_images/{split}[{i}]"
+        number = data.decode(example["image"])[0, 0, 0] // 10
+        assert example["label"] == number % 2 and source.name(i) == f"tiny_images/{split}[{i}]"
         numbers.append(number)
     assert len(set(numbers)) == count
 
@@ -164,7 +169,7 @@ def test_tfds_in_a_worker_process(tiny):
     tiny.on_corrupt = "stop"
     batches = []
     for tiny.num_workers in (0, 1):
-        batches.append(list(data.eval_batches(source, tiny, batch_size=4)))
+        batches.append(list(data.eval_batches(source, _transform(tiny), tiny, batch_size=4)))
     here, there = batches
     assert len(here) == len(there) == 2
     for a, b in zip(here, there):
@@ -182,7 +187,7 @@ def test_tfds_damaged_records_are_corrupt_images(tiny, tmp_path, damage, lost):
         path.unlink()
     else:
         path.write_bytes(content if damage == "flip" else content[: len(content) // 2])
-    with data.eval_batches(source, tiny, batch_size=20) as loader:
+    with data.eval_batches(source, _transform(tiny), tiny, batch_size=20) as loader:
         assert 20 - next(loader)["mask"].sum() == lost == loader.num_corrupt
 
 
@@ -195,7 +200,7 @@ def test_tfds_asks_a_bucket_again(tiny, monkeypatch):
     with pytest.raises(CorruptImage):  # a local file does not get better
         source[0]
     source._arguments = ("tiny_images", "gs://bucket/data", "train")
-    assert source[0].label == 1 and not answers
+    assert source[0]["label"] == 1 and not answers
 
 
 def _raise_or_return(answer):

@@ -180,7 +180,7 @@ def test_dropout_with_running_statistics():
         ("h0", {"base_width": -64}, "base_width=-64 must be a whole number of at least 1; for example base_width=64"),
         ("h0", {"value_ratio": 1.3}, "stage 1 is 64 wide .* value_ratio=1.3 gives 83.2 channels .* for example value_ratio=1.0"),
         ("h0", {"value_ratio": 65 / 64}, "num_heads=4 must divide 65 channels of values; .* a multiple of 4"),
-        ("h0", {"value_ratio": float("nan")}, "value_ratio=nan must be a finite number between 0.001 and 1000; for ex"),
+        ("h0", {"value_ratio": float("nan")}, "value_ratio=nan must be a finite number between 0.001 and 1000"),
         ("h0", {"value_ratio": 1e308}, "value_ratio=1e.308 must be"),
         ("h0", {"bn_epsilon": float("inf")}, "bn_epsilon=inf must be a finite number of at least 0"),
         ("h0", {"expansion_ratio": 0.01}, "expansion_ratio=0.01 gives stage 1 less than one channel .* use 0.016 or more"),

@@ -9,10 +9,9 @@ import optax
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax import errors
+from halonet_jax import errors, tasks
 from halonet_jax.costs import hlo
 from halonet_jax.runtime import reporting
-from halonet_jax.tasks import classification
 from halonet_jax.training import optimizer, programs, sharding, state, step
 from halonet_jax.training.task import Task
 
@@ -100,10 +99,11 @@ def test_accumulation_is_the_whole_batch():
 def smoke_run(devices, fsdp, steps=3):
     """Losses of a tiny HaloNet over a mesh, its last state and its compiled text; statistics over groups of 4."""
     config = config_lib.smoke(config_lib.imagenet())
+    config.data.image_size = 32
     config.model.stage_sizes, config.model.bn_group_size = (1, 1, 1, 1), 4
     config.model.stage_kinds = ("attention", "conv", "conv", "attention")  # compiles faster than four of attention
     config.model.stochastic_depth_rate, config.data.mixup_alpha, config.ema_decay = 0.2, 0.2, 0.9
-    task = classification.make_task(config, 10)
+    task = tasks.make_task(config, {"class_names": [str(n) for n in range(10)]})
     mesh = sharding.make_mesh(fsdp, jax.devices()[:devices])
     program = programs.make_programs(config, task, mesh, total_steps=9, steps_per_epoch=3)
     s = program.create_state()
@@ -112,11 +112,12 @@ def smoke_run(devices, fsdp, steps=3):
         {"image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8), "label": rng.integers(0, 10, 16).astype(np.int32)}
         for _ in range(steps)
     ]
-    compiled = program.train_step.lower(program.abstract_state, program.abstract_batch(batches[0])).compile()
+    compiled = program.train_step.lower(program.abstract_state, program.abstract_batch(task, 16)).compile()
     losses = []
-    for batch in sharding.DeviceBatches(iter(batches), mesh):
-        s, metrics = compiled(s, batch)
-        losses.append(float(metrics["loss"]))
+    with sharding.DeviceBatches(iter(batches), mesh) as placed:
+        for batch in placed:
+            s, metrics = compiled(s, batch)
+            losses.append(float(metrics["loss"]))
     return losses, s, compiled.as_text()
 
 
@@ -143,7 +144,7 @@ def test_meshes_agree_and_move_no_more_than_they_must():
 def test_evaluation_is_exact_for_any_batch_size():
     """Counts are of the masked-in examples; ties and NaN score nothing."""
     config = config_lib.smoke(config_lib.imagenet())
-    metrics = classification.make_task(config, 6).metrics
+    metrics = tasks.make_task(config, {"class_names": list("abcdef")}).metrics
     logits = np.zeros((5, 6), np.float32)
     logits[0, 2], logits[1, :3], logits[2] = 1, (3, 2, 1), np.nan
     label, mask = np.array([2, 2, 2, 2, 0]), np.array([True, True, True, True, False])
