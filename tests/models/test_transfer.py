@@ -11,7 +11,7 @@ from test_blocks import MIXED
 from halonet_jax import models
 from halonet_jax.models import transfer
 
-IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((2, 40, 46, 3)), jnp.float32)
+IMAGES = jnp.asarray(np.random.default_rng(0).standard_normal((1, 33, 38, 3)), jnp.float32)
 SMALL = dict(stage_sizes=(1, 3, 1, 1), base_width=16, stem_width=8)
 CREATE = {
     "mixed stages": functools.partial(models.create, "h1", 5, stages=MIXED, stem_width=8),
@@ -55,10 +55,10 @@ def test_scanned_and_unrolled_models_agree():
 
 
 def test_classifier_of_zeros():
-    model = models.create("h1", 5, **SMALL, final_width=8)
-    old = variables_of(model)
+    old = variables_of(models.create("h1", 5, **SMALL, final_width=8))
     new = transfer.replace_classifier(old, 7)
-    np.testing.assert_array_equal(models.create("h1", 7, **SMALL, final_width=8).apply(new, IMAGES, train=False), np.zeros((2, 7)))
+    assert_tree_of(new, models.create("h1", 7, **SMALL, final_width=8))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(new["params"]["classifier"]))
     kept = lambda variables: {**variables, "params": {k: v for k, v in variables["params"].items() if k != "classifier"}}
     jax.tree.map(np.testing.assert_array_equal, kept(new), kept(old))
     assert old["params"]["classifier"]["bias"].shape == (5,)
@@ -82,7 +82,6 @@ def test_a_model_with_other_blocks_and_halos(scan):
     variables = variables_of(old)
     resized = transfer.resize_relative_tables(variables, new.backbone.stages)
     assert_tree_of(resized, new)
-    assert jnp.isfinite(new.apply(resized, IMAGES, train=False)).all()
     # The operator sees the offsets' ends and middle as before.
     name = "stage2_blocks" if scan else "stage2_block3"
     before, after = (v["params"]["backbone"][name]["attention"]["rel_cols"] for v in (variables, resized))
