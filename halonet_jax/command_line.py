@@ -67,8 +67,8 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             message = (
-                f"a file could not be written ({storage.reason(error)}); the last checkpoint is safe: {storage.remedy(error)}, then "
-                "the same command resumes"
+                f"a file could not be written ({storage.reason(error)}); the last checkpoint is safe: "
+                f"{storage.remedy(error)}, then the same command resumes"
             )
             code = _fail(message, stopping.EXIT_STORAGE)
         else:
