@@ -281,7 +281,7 @@ class Reporter:
             yield
         except OSError as error:
             raise StorageError(
-                f"{self._path} cannot be written ({storage.reason(error)}); the last checkpoint stands: {storage.remedy(error)}, "
+                f"{self._path} cannot be written ({storage.reason(error)}); the last checkpoint is safe: {storage.remedy(error)}, "
                 "then the same command resumes"
             ) from None
 
