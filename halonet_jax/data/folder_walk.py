@@ -125,7 +125,7 @@ class Walk:
                 elif _is_image(entry.name):
                     if entry.is_symlink():
                         self._file_links.append((inner, name))
-                    elif entry.is_file():  # no pipe or device, which would block a reader
+                    else:
                         self.files[name].append(inner)
         return True
 
@@ -142,7 +142,7 @@ class Walk:
                 return True
             if not os.path.islink(path):
                 break
-        return not os.path.isfile(path)  # a pipe or a device is no image
+        return False
 
 
 def _entries(folder):

@@ -178,7 +178,7 @@ class Lease:
         if self._lost:
             raise StorageError(
                 f"another run took over workdir {self.workdir} ({self._lost}), since this one gave no sign of life for "
-                f"{STALE:.0f} s; this run ends, and its last checkpoint stands: leave the workdir to the other run"
+                f"{STALE:.0f} s; this run ends, and its last checkpoint is safe: leave the workdir to the other run"
             )
 
     def release(self) -> None:
