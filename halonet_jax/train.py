@@ -30,10 +30,10 @@ from halonet_jax.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a call of `train` came to.
+    """The result of a run.
 
     Attributes:
-        exit_code: 0, or 75 where a signal stopped it with the state saved.
+        exit_code: 0, or 75 if a signal stopped the run.
         step: the last step that was done.
         metrics: the newest evaluation, such as `{"eval/top1": 0.99, "eval_ema/top1": 0.99, …}`; empty before the first.
         best_step: of the checkpoint that evaluated best; None before the first evaluation.
@@ -96,8 +96,8 @@ def prepare(
         workdir: as `train` takes it.
         definition: of the config's task.
         stack: closes what is opened here.
-        stop: interrupts what blocks.
-        watchdog: is told what goes on.
+        stop: interrupts calls that block.
+        watchdog: gets the name of each activity.
 
     Returns:
         The run, the state to start from, and the progress that belongs to it.
@@ -219,7 +219,7 @@ def _print_start(config, state, num_examples, metadata, start_step, last_step, p
 def define_flags() -> None:
     """Defines the flags of the command; not on import, so that several entries can be imported together."""
     config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
-    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created where missing, resumed where not.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing, else resumed.")
 
 
 def main() -> int:
