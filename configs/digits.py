@@ -1,4 +1,6 @@
-"""A small HaloNet on scikit-learn's 1,797 scanned digits: the first thing to run. Minutes on a laptop, nothing to download.
+"""A small HaloNet on scikit-learn's 1,797 scanned digits: run this first.
+
+It needs no download and takes minutes on a laptop:
 
 python -m halonet_jax.train --config=configs/digits.py --workdir=runs/digits
 """
@@ -12,10 +14,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.digits()
     config.num_epochs = 40.0

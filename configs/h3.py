@@ -3,8 +3,9 @@
     python -m halonet_jax.train --config=configs/h3.py --workdir=WORKDIR
 
 Source: arXiv 2103.12731, table 1 and appendix. Parameters: 12.3 M.
-Published: about 81.9 top-1 (plotted only; a third party's reading of the figure).
-The table says 12.3 M parameters, which a last conv of 1280 would give; with its 1024 there are 11.8 M. We keep 1024.
+Published: about 81.9 top-1 (the paper only plots it; a third party read the figure).
+The table's 12.3 M parameters and its final width of 1024 disagree: 1024 gives 11.8 M, and 1280 would give 12.3 M.
+We keep 1024.
 """
 
 import ml_collections
@@ -16,10 +17,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.imagenet()
     config.model.name = "h3"

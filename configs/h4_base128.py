@@ -17,10 +17,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.imagenet()
     config.model.name = "h4_base128"
@@ -29,6 +30,6 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.schedule.warmup_epochs = 2.0
     config.optimizer.weight_decay = 8e-5
     config.ema_decay = 0.0
-    config.label_smoothing = 0.0  # not stated, as RandAugment is not; both are off
+    config.label_smoothing = 0.0  # the paper mentions neither this nor RandAugment; both are off
     config.data.randaugment_layers = 0
     return config_lib.with_argument(config, argument)

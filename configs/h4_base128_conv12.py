@@ -1,4 +1,4 @@
-"""H4 with base width 128 and 3x3 convolutions (no SE) in stages 1 and 2, pre-trained on ImageNet-21k, 256 px, 90 epochs.
+"""H4 with base width 128 and 3x3 convolutions (no SE) in stages 1 and 2, pre-trained on ImageNet-21k, 256 px.
 
     python -m halonet_jax.train --config=configs/h4_base128_conv12.py --workdir=WORKDIR
 
@@ -15,10 +15,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.sibling(__file__, "h4_base128")
     config.model.name = "h4_base128_conv12"

@@ -15,10 +15,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.sibling(__file__, "h4_base128")
     config.model.name = "h4_base128_patch4"

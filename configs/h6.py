@@ -3,7 +3,7 @@
     python -m halonet_jax.train --config=configs/h6.py --workdir=WORKDIR
 
 Source: arXiv 2103.12731, table 1 and appendix. Parameters: 43.4 M.
-Published: about 84.4 top-1 (plotted only; a third party's reading of the figure).
+Published: about 84.4 top-1 (the paper only plots it; a third party read the figure).
 """
 
 import ml_collections
@@ -15,15 +15,16 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.imagenet()
     config.model.name = "h6"
     config.data.image_size = 512
     config.data.randaugment_magnitude = 24.0
     config.model.stochastic_depth_rate = 0.2  # "for the larger models"; value not stated
-    config.model.scan = True  # 30 blocks and more compile slowly one by one
+    config.model.scan = True  # unrolled, 30 blocks and more compile slowly
     return config_lib.with_argument(config, argument)

@@ -15,15 +15,16 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.imagenet()
     config.model.name = "h7"
     config.data.image_size = 600
     config.data.randaugment_magnitude = 31.0
     config.model.stochastic_depth_rate = 0.3  # "for the larger models"; value not stated
-    config.model.scan = True  # 30 blocks and more compile slowly one by one
+    config.model.scan = True  # unrolled, 30 blocks and more compile slowly
     return config_lib.with_argument(config, argument)

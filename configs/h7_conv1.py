@@ -2,8 +2,8 @@
 
     python -m halonet_jax.train --config=configs/h7_conv1.py --workdir=WORKDIR
 
-Source: arXiv 2103.12731, table of H7 hybrids; the recipe is H7's. The squeeze ratio is not stated; the paper has 1/8 for
-detection.
+Source: arXiv 2103.12731, table of H7 hybrids; the recipe is H7's. The paper does not state the squeeze ratio here;
+it uses 1/8 for detection.
 Published: 84.6 top-1, at 1.4 times the training time of EfficientNet-B7.
 """
 
@@ -16,10 +16,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.sibling(__file__, "h7")
     config.model.name = "h7_conv1"

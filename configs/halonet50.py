@@ -3,8 +3,8 @@
     python -m halonet_jax.train --config=configs/halonet50.py --workdir=WORKDIR
 
 Source: arXiv 2103.12731, component ablation. Parameters: 18.0 M.
-Published: 79.9 top-1 with label smoothing and RandAugment, as here; 78.6 without both; 80.5 with SE and SiLU besides
-(--config.model.se_ratio=0.125 --config.model.activation=silu; the ratio is not stated).
+Published: 79.9 top-1 with label smoothing and RandAugment, as in this recipe; 78.6 without both. 80.5 with SE and
+SiLU in addition: --config.model.se_ratio=0.125 --config.model.activation=silu (the paper does not state the ratio).
 """
 
 import ml_collections
@@ -16,10 +16,11 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     """Returns the recipe's config.
 
     Args:
-        argument: what follows the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model of seconds on a CPU.
+        argument: the part after the colon in `--config=FILE:ARGUMENT`: "", or "smoke" for a model that trains in
+            seconds on a CPU.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     config = config_lib.imagenet()
     config.model.name = "halonet50"

@@ -1,4 +1,4 @@
-"""What the entries share: a user's mistake ends in one line that says what to do, not in a traceback."""
+"""Command-line handling that all entries share. A user's mistake ends in one line that says what to do."""
 
 import errno
 import logging as python_logging
@@ -11,36 +11,36 @@ import jax
 from absl import app, flags, logging
 
 from halonet_jax import errors
-from halonet_jax.runtime import distributed, stopping
+from halonet_jax.runtime import distributed, stopping, storage
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class UsageError(errors.UserError):
-    """Flags that cannot be understood."""
+    """A flag is unknown, missing or malformed."""
 
 
 def define_flags() -> None:
-    """Defines the flags that all entries share: how several processes find one another."""
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0; on TPU slices and under Slurm, found.")
-    flags.DEFINE_integer("num_processes", None, "How many processes the run has; 1: this one alone.")
-    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
-    help_text = "Seconds without a sign of life after which a process counts as lost."
+    """Defines the flags that all entries share. They say how several processes find each other."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0. TPU slices and Slurm need none: it is found.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes of the run. 1: this process runs alone.")
+    flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
+    help_text = "Seconds without a heartbeat after which a process counts as lost."
     flags.DEFINE_integer("peer_timeout", distributed.PEER_TIMEOUT, help_text, 1)
 
 
 def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) -> None:
-    """Parses flags, runs `main` and exits with its code, or with that of the failure (see `runtime.stopping`).
+    """Parses flags, runs `main` and exits with its code. After a failure it exits with a code of `runtime.stopping`.
 
     Args:
-        main: the entry, whose flags are defined.
-        required_flags: names of flags without which it cannot run.
+        main: the entry. Its own flags must be defined already. It returns an exit code, or None for 0.
+        required_flags: names of the flags that must be given.
     """
     define_flags()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells much at INFO
+            logging.set_verbosity(logging.WARNING)  # Orbax logs a lot at INFO
             logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
             _quiet_orbax()
         f = flags.FLAGS
@@ -50,7 +50,7 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     code = 0
     try:
         app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags))
-    except SystemExit as done:  # absl's way to return
+    except SystemExit as done:  # absl always exits this way
         code = done.code or 0
     except errors.UserError as error:
         code = _fail(error, stopping.EXIT_BAD_INPUT)
@@ -67,7 +67,8 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             message = (
-                f"a file could not be written ({error}); the last checkpoint stands: make room, then the same command resumes"
+                f"a file could not be written ({storage.reason(error)}); the last checkpoint is safe: "
+                f"{storage.remedy(error)}, then the same command resumes"
             )
             code = _fail(message, stopping.EXIT_STORAGE)
         else:
@@ -76,14 +77,14 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     if code in (0, stopping.EXIT_PREEMPTED) and jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others, which end with the same code
     if code:
-        # At once: others may wait for this process in vain, and a program may still be compiling in a thread.
+        # Exit at once: other processes may wait for this one, and a thread may still compile a program.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
 def _quiet_orbax():
-    """Drops the pages that Orbax and TensorStore print of a checkpoint that fails; our own errors say it in a line."""
+    """Drops the pages that Orbax and TensorStore print when a checkpoint fails. Our own errors say it in one line."""
     logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname)
     report = sys.unraisablehook
     sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else report(args)
@@ -98,7 +99,7 @@ def _runtime_failure(error):
         return _fail(f"out of device memory: {reason}; {remedy}", stopping.EXIT_BAD_INPUT)
     if jax.distributed.is_initialized() and jax.process_count() > 1:
         return _fail(
-            f"process {jax.process_index()} lost another one, or the network: {reason}. The last checkpoint stands, the same "
+            f"process {jax.process_index()} lost another one, or the network: {reason}. The last checkpoint is safe; the same "
             "command resumes",
             stopping.EXIT_LOST_PEER,
         )
@@ -107,13 +108,13 @@ def _runtime_failure(error):
 
 
 def _parse(argv, required_flags):
-    """absl's parsing, with one line for each mistake; absl itself prints a page or a traceback for some."""
+    """Parses flags as absl does, with one line for each mistake. absl prints a page or a traceback for some."""
     try:
         rest = flags.FLAGS(argv)
         for name in required_flags:
-            getattr(flags.FLAGS[name].value, "lock", None)  # a config file that is missing fails at first use only
+            getattr(flags.FLAGS[name].value, "lock", None)  # a missing config file fails only at its first use
     except flags.Error as error:
-        # Of a recipe that raises, absl has the whole traceback as text; of a ConfigError the last line is enough.
+        # When a recipe raises, absl's message holds the whole traceback. For a ConfigError the last line is enough.
         *_, message = str(error).split("halonet_jax.errors.ConfigError: ")
         raise UsageError(message.strip()) from None
     except OSError as error:
@@ -123,7 +124,7 @@ def _parse(argv, required_flags):
         if isinstance(error, AttributeError) and error.name == "get_config":
             raise UsageError("--config names a file without get_config(); give a recipe such as configs/digits.py") from None
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
-            raise  # a fault in the recipe's own code: its traceback is what helps
+            raise  # a fault in the recipe's own code: its traceback helps
         raise UsageError(f"the config has no key {_unknown_key(error)}") from None
     if len(rest) > 1:
         raise UsageError(f"unknown argument {rest[1]!r}; flags look like --name=value")

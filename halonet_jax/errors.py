@@ -1,24 +1,24 @@
-"""What can go wrong in a way that a user can mend. Each message states the value, the rule and the remedy."""
+"""Errors that a user can mend. Each message states the value, the rule and the remedy."""
 
 
 class UserError(ValueError):
-    """Base of the errors that an entry prints as one line, with exit code 2."""
+    """Base class of the errors that an entry prints as one line, with exit code 2."""
 
 
 class ConfigError(UserError):
-    """A config that cannot run."""
+    """The config cannot run."""
 
 
 class DataError(UserError):
-    """Data that cannot be used as asked."""
+    """The data cannot be used as requested."""
 
 
 class CorruptImage(DataError):
-    """One image that does not decode. The message is the reason alone; the caller knows the file."""
+    """One image cannot be decoded. The message states only the reason; the caller adds the file's name."""
 
 
 class CheckpointError(UserError):
-    """No checkpoint to restore, or one of another model."""
+    """There is no checkpoint to restore, or it belongs to another model."""
 
 
 class StorageError(OSError):
@@ -30,10 +30,10 @@ class SaveError(StorageError):
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss, a gradient or the state is NaN or infinite, first after `step`.
+    """The loss, a gradient or the state is NaN or infinite. `step` is the first such step.
 
     Args:
-        step: number of the step, counted from 1.
+        step: the step's number, counted from 1.
         what: the quantity and its value.
     """
 
@@ -43,15 +43,15 @@ class NonFiniteLoss(ArithmeticError):
 
 
 class Stopped(Exception):
-    """A signal came at a point where nothing needs saving."""
+    """A signal ended the run at a point where nothing had to be saved."""
 
 
 class DistributedError(RuntimeError):
-    """The processes cannot go on together. The message names the process and the remedy.
+    """The processes cannot continue together. The message names the process and the remedy.
 
     Args:
         message: the whole message.
-        peer_failed: True where another process failed and this one may be healthy.
+        peer_failed: True if another process failed and this one may be healthy.
     """
 
     def __init__(self, message: str, peer_failed: bool = False):

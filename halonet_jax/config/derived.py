@@ -1,4 +1,4 @@
-"""What follows from a config's values."""
+"""Values that are computed from a config."""
 
 import math
 
@@ -6,7 +6,7 @@ import ml_collections
 
 
 def model_options(config: ml_collections.ConfigDict) -> dict:
-    """Returns the keyword arguments of `models.create`: the model knobs except those left to the variant.
+    """Returns the keyword arguments of `models.create`. Knobs that are None are left out: the variant sets them.
 
     Args:
         config: a whole config; its `model` section is read.
@@ -15,7 +15,7 @@ def model_options(config: ml_collections.ConfigDict) -> dict:
 
 
 def independent_parts(config: ml_collections.ConfigDict) -> int:
-    """Returns into how many equal parts each batch can be cut so that no two parts share batch-norm statistics.
+    """Returns the largest number of equal parts that a batch can be cut into, with no batch-norm group in two parts.
 
     Args:
         config: a whole config, which need not be valid.

@@ -1,14 +1,17 @@
 """Every knob of a run: key, default, allowed values, unit, source and meaning, in one table for each section.
 
 Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--config.data.image_size=224`. The knobs of
-the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` states only what differs from here.
+the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
-Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
+Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole`
+    without
 an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
 
-Sources: PAPER, arXiv 2103.12731 states it (section 4 and appendix, for training on ImageNet from scratch); IMPLIED, the
-paper has the technique and leaves the value open; OPEN, the paper is silent and the value is our choice; OURS, the knob
-concerns this program and not the paper.
+Sources:
+- PAPER: arXiv 2103.12731 states the value (section 4 and appendix, for training on ImageNet from scratch).
+- IMPLIED: the paper uses the technique but does not state the value.
+- OPEN: the paper says nothing; the value is our choice.
+- OURS: the knob concerns this program, not the paper.
 """
 
 from collections.abc import Mapping
@@ -33,12 +36,12 @@ class Knob(NamedTuple):
 
     Attributes:
         key: its name within the section.
-        default: its value where a recipe says nothing. None: as the model variant has it.
+        default: the value unless a recipe sets another. None: the model variant sets it.
         allowed: the rule that values obey.
         unit: of the value; "" where it has no unit.
-        source: PAPER, IMPLIED, OPEN or OURS, see above.
+        source: PAPER, IMPLIED, OPEN or OURS, as explained at the top of this module.
         meaning: what it does.
-        example: a value for error messages to propose, where the default is no help.
+        example: a value that error messages propose. None: they propose the default.
     """
 
     key: str
@@ -52,108 +55,129 @@ class Knob(NamedTuple):
 
 # fmt: off
 RUN = (
-    Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # the largest that jax.random.key takes
-         "of initial parameters, order of examples, augmentation and dropout"),
-    Knob("task", "classification", Text(), "", OURS, "what is trained; `halonet_jax.tasks` has the names"),
-    Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "of a step, over all devices and hosts"),
-    Knob("eval_batch_size", 0, Whole(0, 2**20), "images", OURS, "of an evaluation step, over all devices; 0: as batch_size"),
+    Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # upper limit of jax.random.key
+         "seed of initial parameters, order of examples, augmentation and dropout"),
+    Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`"),
+    Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "size of a training batch, over all devices and hosts"),
+    Knob("eval_batch_size", 0, Whole(0, 2**20), "images", OURS, "size of an evaluation batch; 0: batch_size"),
     Knob("num_epochs", 350.0, Real(0, 1e6), "epochs", PAPER, "length of the run and of the learning-rate schedule"),
-    Knob("max_steps", 0, Whole(0), "steps", OURS, "ends the run early, with the schedule unchanged; 0: all epochs"),
+    Knob("max_steps", 0, Whole(0), "steps", OURS,
+         "the run ends after this step; the schedule does not change; 0: no limit"),
     Knob("label_smoothing", 0.1, Real(0, 0.999), "", IMPLIED, "probability moved from the label to all classes"),
-    Knob("ema_decay", 0.9999, Real(0, 0.999999), "", IMPLIED, "of the parameters' moving average; 0: no average"),
+    Knob("ema_decay", 0.9999, Real(0, 0.999999), "", IMPLIED,
+         "decay of the moving average of the weights; 0: no average"),
     Knob("on_non_finite", "stop", Choice(("stop", "skip")), "", OURS,
-         "on a loss or gradient that is not finite: stop, or go back to the last checkpoint and skip the bad batches"),
-    Knob("tensorboard", True, Switch(), "", OURS, "write TensorBoard files beside metrics.jsonl; needs TensorFlow"),
-    Knob("hang_timeout", 1800.0, Real(0, 1e9), "seconds", OURS, "without a step, after which the process ends; 0: never"),
+         "if a loss or gradient is not finite: stop, or go back to the last checkpoint and skip the bad batches"),
+    Knob("tensorboard", True, Switch(), "", OURS, "also write TensorBoard files; needs TensorFlow"),
+    Knob("hang_timeout", 1800.0, Real(0, 1e9), "seconds", OURS,
+         "the process ends after this time without progress; 0: never"),
     Knob("profile_steps", (), EmptyOr(Tuple(Whole(1), 2, 2, rising=True)), "steps", OURS,
-         "first and last step to profile; the profile goes to WORKDIR/profile; (): none", (100, 110)),
-    Knob("log_every_steps", 100, Whole(1), "steps", OURS, "between two reports of training metrics"),
-    Knob("eval_every_epochs", 5.0, Real(0, 1e6), "epochs", OURS, "between two evaluations; 0: only at the end"),
-    Knob("checkpoint_every_steps", 1000, Whole(1), "steps", OURS, "between two checkpoints"),
-    Knob("checkpoints_to_keep", 2, Whole(1), "checkpoints", OURS, "the newest ones; the best evaluated one stays as well"),
+         "first and last step to profile, into WORKDIR/profile; (): no profile", (100, 110)),
+    Knob("log_every_steps", 100, Whole(1), "steps", OURS, "interval of reports of training metrics"),
+    Knob("eval_every_epochs", 5.0, Real(0, 1e6), "epochs", OURS, "interval of evaluations; 0: only at the end"),
+    Knob("checkpoint_every_steps", 1000, Whole(1), "steps", OURS, "interval of checkpoints"),
+    Knob("checkpoints_to_keep", 2, Whole(1), "checkpoints", OURS,
+         "number of newest checkpoints to keep, in addition to the best"),
 )
 
 MODEL = (
-    Knob("name", "h0", Choice(tuple(variants.VARIANTS)), "", PAPER, "the variant; `halonet_jax/models/variants.py` has all"),
-    Knob("dtype", "bfloat16", Choice(DTYPES), "", OURS, "of activations; parameters and batch statistics stay float32"),
-    Knob("stochastic_depth_rate", 0.0, Real(0, 0.999), "", IMPLIED, "drop rate of the last block; rises linearly from 0"),
-    Knob("dropout_rate", 0.0, Real(0, 0.999), "", OPEN, "before the classifier"),
-    Knob("bn_group_size", 64, Whole(0, 2**20), "images", OPEN, "that share batch-norm statistics; 0: the whole (micro-)batch"),
-    Knob("bn_momentum", 0.9, Real(0, 0.999999), "", OPEN, "of the running batch-norm statistics"),
+    Knob("name", "h0", Choice(tuple(variants.VARIANTS)), "", PAPER,
+         "model variant, from `halonet_jax/models/variants.py`"),
+    Knob("dtype", "bfloat16", Choice(DTYPES), "", OURS,
+         "dtype of activations; parameters and batch statistics are float32"),
+    Knob("stochastic_depth_rate", 0.0, Real(0, 0.999), "", IMPLIED,
+         "drop rate of the last block; rises linearly from 0"),
+    Knob("dropout_rate", 0.0, Real(0, 0.999), "", OPEN, "rate of dropout before the classifier"),
+    Knob("bn_group_size", 64, Whole(0, 2**20), "images", OPEN,
+         "size of a batch-norm group; 0: the whole (micro-)batch"),
+    Knob("bn_momentum", 0.9, Real(0, 0.999999), "", OPEN, "momentum of the running batch-norm statistics"),
     Knob("bn_epsilon", 1e-5, Real(0, 1), "", OPEN, "added to the variance in batch norm"),
-    Knob("zero_init_residual", True, Switch(), "", OPEN, "every block starts as its shortcut"),
-    Knob("padding", "mask", Choice(PADDINGS), "", OPEN, "keys outside of the image: masked, or zeros"),
+    Knob("zero_init_residual", True, Switch(), "", OPEN, "residual branches start at zero"),
+    Knob("padding", "mask", Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros"),
     Knob("window", "neighborhood", Choice(WINDOWS), "", PAPER,
-         "a query sees its block's whole neighbourhood, or only a window centred on the query (SASA)"),
+         "a query sees the whole neighbourhood of its block, or only a window centred on itself (SASA)"),
     Knob("attention_impl", "auto", Choice(selection.NAMES), "", OURS,
-         "auto: the fastest for device and shape; pallas: fused kernels for TPU and GPU"),
-    Knob("remat", False, Switch(), "", OURS, "recompute each block's activations in the backward pass: less memory, more time"),
-    Knob("scan", False, Switch(), "", OURS, "loop over a stage's equal blocks: quick to compile, more memory traffic"),
-    # From here on, None is the variant's own value, from `halonet_jax/models/variants.py`.
+         "auto: the fastest for platform and shape; pallas: fused kernels for TPU and GPU"),
+    Knob("remat", False, Switch(), "", OURS, "recompute activations in the backward pass: less memory, more time"),
+    Knob("scan", False, Switch(), "", OURS,
+         "loop over the equal blocks of a stage: compiles faster, more memory traffic"),
+    # From here on, None means the value of the variant, from `halonet_jax/models/variants.py`.
     Knob("block_size", None, Whole(1, 1024), "positions", PAPER, "side of a block of queries (b)"),
-    Knob("halo_size", None, Whole(0, 1024), "positions", PAPER, "border around the block that keys come from as well (h)"),
-    Knob("stage_sizes", None, Tuple(Whole(1, 1000), 4, 4), "blocks", PAPER, "depth of each of the four stages"),
-    Knob("base_width", None, Whole(1, 2**16), "channels", PAPER, "of the first stage; doubles at each stage"),
-    Knob("stem_width", None, Whole(1, 2**16), "channels", PAPER, "of the stem's output"),
+    Knob("halo_size", None, Whole(0, 1024), "positions", PAPER, "width of the halo around a block (h)"),
+    Knob("stage_sizes", None, Tuple(Whole(1, 1000), 4, 4), "blocks", PAPER,
+         "number of blocks in each of the four stages"),
+    Knob("base_width", None, Whole(1, 2**16), "channels", PAPER, "width of the first stage; each stage doubles it"),
+    Knob("stem_width", None, Whole(1, 2**16), "channels", PAPER, "width of the stem's output"),
     Knob("value_ratio", None, Real(0.001, 1000), "", PAPER, "width of the values over that of the queries (r_v)"),
     Knob("expansion_ratio", None, Real(0.001, 1000), "", PAPER, "a block's output width over its inner width (r_b)"),
-    Knob("final_width", None, Whole(0, 2**16), "channels", PAPER, "of the last 1x1 convolution (d_f); 0: none"),
+    Knob("final_width", None, Whole(0, 2**16), "channels", PAPER,
+         "width of the last 1x1 convolution (d_f); 0: no such layer"),
     Knob("stage_kinds", None, Tuple(Text(), 4, 4), "", PAPER, "spatial layer of each stage: attention or conv"),
-    Knob("num_heads", None, Tuple(Whole(1, 2**16), 4, 4), "heads", PAPER, "of each stage's attention"),
-    Knob("stem", None, Text(), "", PAPER, "conv: 7x7 and max pool; patch: one 4x4 convolution of stride 4"),
-    Knob("se_kinds", None, Tuple(Text(), 1, 2), "", OPEN, "blocks that have squeeze-and-excitation: attention, conv"),
-    Knob("se_ratio", None, Real(0, 1), "", OPEN, "squeeze-and-excitation's inner width over the block's; 0: off"),
-    Knob("activation", None, Text(), "", PAPER, "silu or relu"),
+    Knob("num_heads", None, Tuple(Whole(1, 2**16), 4, 4), "heads", PAPER, "number of heads in each stage"),
+    Knob("stem", None, Text(), "", PAPER, "conv: 7x7 convolution and max pool; patch: 4x4 convolution of stride 4"),
+    Knob("se_kinds", None, Tuple(Text(), 1, 2), "", OPEN,
+         "kinds of blocks with squeeze-and-excitation: attention, conv"),
+    Knob("se_ratio", None, Real(0, 1), "", OPEN,
+         "inner width of squeeze-and-excitation over the block's width; 0: off"),
+    Knob("activation", None, Text(), "", PAPER, "activation function: silu or relu"),
 )
 
 DATA = (
     Knob("source", "tfds", Choice(SOURCES), "", OURS, "where images come from"),
-    Knob("name", "imagenet2012", Text(), "", PAPER, "of the TFDS dataset"),
-    Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS's data folder, or the root of an image folder"),
+    Knob("name", "imagenet2012", Text(), "", PAPER, "name of the TFDS data set"),
+    Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS data folder, or root of an image folder"),
     Knob("train_split", "train", Text(), "", PAPER, "split to train on"),
     Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on"),
-    Knob("image_size", 256, Whole(8, 8192), "pixels", PAPER, "side of the square image that the model sees"),
+    Knob("image_size", 256, Whole(8, 8192), "pixels", PAPER, "side of the model's square input"),
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
-         "an image with more is treated as corrupt; protects against files whose header claims a huge size"),
-    Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the image's shorter side"),
+         "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),
+    Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the shorter side of the image"),
     Knob("crop_scale", (0.08, 1.0), Tuple(Real(1e-6, 1), 2, 2, rising=True), "", OPEN,
-         "random resized crop: least and greatest share of the image's area"),
+         "random resized crop: range of the share of the image's area"),
     Knob("crop_ratio", (3 / 4, 4 / 3), Tuple(Real(0.01, 100), 2, 2, rising=True), "", OPEN,
-         "random resized crop: least and greatest width over height"),
-    Knob("flip", True, Switch(), "", OPEN, "horizontally, with probability 1/2"),
-    Knob("randaugment_layers", 2, Whole(0, 100), "operations", IMPLIED, "that RandAugment applies to an image; 0: off"),
-    Knob("randaugment_magnitude", 10.0, Real(0, 1000), "", PAPER, "strength of RandAugment; grows with the model"),
+         "random resized crop: range of width over height"),
+    Knob("flip", True, Switch(), "", OPEN, "flip images horizontally, with probability 1/2"),
+    Knob("randaugment_layers", 2, Whole(0, 100), "operations", IMPLIED,
+         "number of RandAugment operations per image; 0: off"),
+    Knob("randaugment_magnitude", 10.0, Real(0, 1000), "", PAPER, "strength of RandAugment; larger models use more"),
     Knob("randaugment_ops", (), Tuple(Text(), 0, 100), "", OPEN,
-         "operations to draw from, named as in `data/randaugment.py`; (): all", ()),
-    Knob("mixup_alpha", 0.0, Real(0, 1e6), "", OPEN, "mixing weights come from Beta(alpha, alpha); 0: no mixup"),
-    Knob("cutmix_alpha", 0.0, Real(0, 1e6), "", OPEN, "shares of area come from Beta(alpha, alpha); 0: no CutMix"),
-    Knob("mean", (0.485, 0.456, 0.406), Tuple(Real(-1000, 1000), 3, 3), "", OPEN, "of red, green, blue in [0, 1]; subtracted"),
-    Knob("std", (0.229, 0.224, 0.225), Tuple(Real(1e-6, 1000), 3, 3), "", OPEN, "of red, green, blue in [0, 1]; divides"),
-    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS, "an image that does not decode: name and count it, or stop"),
-    Knob("num_threads", 16, Whole(1, 4096), "threads", OURS, "that read and decode, in each process"),
-    Knob("num_workers", 0, Whole(0, 4096), "processes", OURS, "that read and decode, on each host; 0: threads only"),
-    Knob("prefetch", 4, Whole(1, 4096), "batches", OURS, "kept ready on the host"),
+         "RandAugment operations to draw from, by their names in `data/randaugment.py`; (): all", ()),
+    Knob("mixup_alpha", 0.0, Real(0, 1e6), "", OPEN, "mixup draws weights from Beta(alpha, alpha); 0: no mixup"),
+    Knob("cutmix_alpha", 0.0, Real(0, 1e6), "", OPEN,
+         "CutMix draws shares of the area from Beta(alpha, alpha); 0: no CutMix"),
+    Knob("mean", (0.485, 0.456, 0.406), Tuple(Real(-1000, 1000), 3, 3), "", OPEN, "mean of red, green, blue in [0, 1]"),
+    Knob("std", (0.229, 0.224, 0.225), Tuple(Real(1e-6, 1000), 3, 3), "", OPEN,
+         "standard deviation of red, green, blue in [0, 1]"),
+    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS, "skip and count a corrupt image, or stop"),
+    Knob("num_threads", 16, Whole(1, 4096), "threads", OURS, "threads for reading and decoding, in each process"),
+    Knob("num_workers", 0, Whole(0, 4096), "processes", OURS,
+         "processes for reading and decoding, on each host; 0: only threads"),
+    Knob("prefetch", 4, Whole(1, 4096), "batches", OURS, "batches to prepare in advance"),
 )
 
 OPTIMIZER = (
-    Knob("name", "sgd", Choice(OPTIMIZERS), "", PAPER, "sgd has Nesterov momentum"),
-    Knob("momentum", 0.9, Real(0, 0.999999), "", OPEN, "of sgd"),
-    Knob("b1", 0.9, Real(0, 0.999999), "", OURS, "decay of adamw's and lamb's first moment"),
-    Knob("b2", 0.999, Real(0, 0.999999), "", OURS, "decay of adamw's and lamb's second moment"),
-    Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER, "of kernels; not of norms, biases and relative tables (OPEN)"),
-    Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "greatest global norm of the gradient; 0: no clipping"),
-    Knob("accumulation_steps", 1, Whole(1, 2**20), "micro-batches", OURS, "that make one step"),
+    Knob("name", "sgd", Choice(OPTIMIZERS), "", PAPER, "optimizer; sgd has Nesterov momentum"),
+    Knob("momentum", 0.9, Real(0, 0.999999), "", OPEN, "momentum of sgd"),
+    Knob("b1", 0.9, Real(0, 0.999999), "", OURS, "decay of the first moment, for adamw and lamb"),
+    Knob("b2", 0.999, Real(0, 0.999999), "", OURS, "decay of the second moment, for adamw and lamb"),
+    Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
+         "weight decay of kernels; norms, biases and relative tables have none (OPEN)"),
+    Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "upper limit of the gradient's global norm; 0: no clipping"),
+    Knob("accumulation_steps", 1, Whole(1, 2**20), "micro-batches", OURS, "number of micro-batches per step"),
 )
 
 SCHEDULE = (
-    Knob("learning_rate", 0.1, Real(0, 1e6), "", PAPER, "peak for learning_rate_batch_size images; scales with batch_size"),
-    Knob("learning_rate_batch_size", 256, Whole(0), "images", PAPER, "see learning_rate; 0: the rate is not scaled"),
-    Knob("warmup_epochs", 10.0, Real(0, 1e6), "epochs", PAPER, "of linear rise from 0; at most num_epochs"),
-    Knob("end_factor", 1 / 128, Real(0, 1), "", PAPER, "where the cosine ends, as a share of the peak"),
+    Knob("learning_rate", 0.1, Real(0, 1e6), "", PAPER,
+         "peak rate for a batch of learning_rate_batch_size; scales with batch_size"),
+    Knob("learning_rate_batch_size", 256, Whole(0), "images", PAPER, "see learning_rate; 0: no scaling"),
+    Knob("warmup_epochs", 10.0, Real(0, 1e6), "epochs", PAPER,
+         "length of the linear warm-up from 0; at most num_epochs"),
+    Knob("end_factor", 1 / 128, Real(0, 1), "", PAPER, "end of the cosine, as a share of the peak"),
 )
 
 MESH = (
-    Knob("fsdp", 1, Whole(1, 2**20), "devices", OURS, "that share one copy of parameters, optimizer state and average"),
+    Knob("fsdp", 1, Whole(1, 2**20), "devices", OURS,
+         "number of devices that share one copy of parameters, optimizer state and EMA"),
 )
 # fmt: on
 
@@ -165,7 +189,7 @@ SECTIONS: Mapping[str, tuple[Knob, ...]] = {
 
 
 def build(sections: Mapping[str, tuple[Knob, ...]] = SECTIONS) -> ml_collections.ConfigDict:
-    """Returns a locked config with every knob of `sections` at its default.
+    """Returns a locked config in which every knob of `sections` has its default.
 
     Args:
         sections: the tables by section name, "" for the knobs without a section.

@@ -1,4 +1,4 @@
-"""The configs that the files in `configs/` start from, and the means to derive one from another."""
+"""The base configs for the files in `configs/`, and functions that derive one config from another."""
 
 import difflib
 import importlib.util
@@ -13,7 +13,7 @@ from halonet_jax.models import variants
 
 
 def imagenet(sections: Mapping[str, tuple[knobs.Knob, ...]] = knobs.SECTIONS) -> ml_collections.ConfigDict:
-    """Returns the base of every recipe: HaloNet-H0 on ImageNet from scratch (arXiv 2103.12731, section 4 and appendix).
+    """Returns the base of the ImageNet recipes: HaloNet-H0 from scratch (arXiv 2103.12731, section 4 and appendix).
 
     Args:
         sections: the tables of knobs, see `knobs.SECTIONS`.
@@ -22,7 +22,7 @@ def imagenet(sections: Mapping[str, tuple[knobs.Knob, ...]] = knobs.SECTIONS) ->
 
 
 def digits() -> ml_collections.ConfigDict:
-    """Returns the base of runs on scikit-learn's digits: small, without a download, minutes on a laptop."""
+    """Returns the base of runs on scikit-learn's digits. They need no download and take minutes on a laptop."""
     config = imagenet()
     config.batch_size = 64
     config.data.source = "digits"
@@ -65,7 +65,7 @@ def sibling(recipe: str | Path, name: str) -> ml_collections.ConfigDict:
 
 
 def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collections.ConfigDict:
-    """Applies what follows the colon in `--config=configs/h4.py:smoke`.
+    """Applies the argument of a recipe, the part after the colon in `--config=configs/h4.py:smoke`.
 
     Args:
         config: a recipe's config; "smoke" changes it in place.
@@ -75,7 +75,7 @@ def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collec
         `config`.
 
     Raises:
-        ConfigError: the argument is neither.
+        ConfigError: another argument.
     """
     if argument not in ("", "smoke"):
         raise ConfigError(f"config argument {argument!r} is unknown; write ':smoke' or nothing after the file name")
@@ -83,7 +83,7 @@ def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collec
 
 
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Shrinks a recipe to seconds on a CPU: its structure on the digits, narrow, with few blocks and steps.
+    """Shrinks a recipe so that it runs in seconds on a CPU: narrow, with few blocks and steps, on the digits.
 
     Args:
         config: the recipe's config, changed in place.

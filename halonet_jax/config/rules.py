@@ -1,7 +1,7 @@
 """The kinds of value that a knob may hold: whole numbers, real numbers, text, choices, switches and tuples of these.
 
 Each rule has `type`, the Python type that the config stores; `text`, the rule in words; `has_type(value)`; and
-`allows(value)`, which also checks the range. No rule lets NaN, an infinity or a bool in place of a number pass.
+`allows(value)`, which also checks the range. Rules for numbers reject NaN, infinities and bools.
 """
 
 import numbers
@@ -17,12 +17,15 @@ class Whole(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         return f"a whole number between {self.least} and {self.most}"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a whole number and not a bool."""
         return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is a whole number within the range."""
         return self.has_type(value) and self.least <= value <= self.most
 
 
@@ -35,12 +38,15 @@ class Real(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         return f"a number between {self.least:.15g} and {self.most:.15g}"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a real number and not a bool."""
         return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is a finite number within the range."""
         return self.has_type(value) and self.least <= value <= self.most  # False for NaN
 
 
@@ -51,26 +57,31 @@ class Switch(NamedTuple):
     text = "True or False"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a bool."""
         return isinstance(value, bool)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is a bool."""
         return self.has_type(value)
 
 
 class Text(NamedTuple):
-    """A string without a null character, which no file system accepts."""
+    """A string without null characters, which no file system accepts. `may_be_empty` allows ""."""
 
     may_be_empty: bool = False
     type = str
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         return "a string" if self.may_be_empty else "a string that is not empty"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a string."""
         return isinstance(value, str)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is a string that the rule accepts."""
         return self.has_type(value) and "\0" not in value and (self.may_be_empty or bool(value))
 
 
@@ -82,17 +93,20 @@ class Choice(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         return f"one of {', '.join(self.names)}"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a string."""
         return isinstance(value, str)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is one of `names`."""
         return self.has_type(value) and value in self.names
 
 
 class Tuple(NamedTuple):
-    """A tuple of `least` to `most` elements that obey `item`; with `rising`, none is less than the one before."""
+    """A tuple of `least` to `most` elements that obey `item`. With `rising`, no element is less than the previous."""
 
     item: Whole | Real | Text | Choice
     least: int
@@ -102,14 +116,17 @@ class Tuple(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         count = f"{self.least}" if self.least == self.most else f"{self.least} to {self.most}"
         order = ", in rising order" if self.rising else ""
         return f"a tuple of {count} elements{order}, each {self.item.text}"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a tuple whose elements have the type of `item`."""
         return isinstance(value, tuple) and all(map(self.item.has_type, value))
 
     def allows(self, value) -> bool:
+        """Returns whether the tuple `value` has an allowed length, allowed elements and, with `rising`, the order."""
         return (
             self.has_type(value)
             and self.least <= len(value) <= self.most
@@ -126,12 +143,15 @@ class EmptyOr(NamedTuple):
 
     @property
     def text(self) -> str:
+        """The rule in words, for error messages."""
         return f"empty, or {self.other.text}"
 
     def has_type(self, value) -> bool:
+        """Returns whether `value` is a tuple whose elements have the right type."""
         return self.other.has_type(value)
 
     def allows(self, value) -> bool:
+        """Returns whether `value` is () or allowed by `other`."""
         return value == () or self.other.allows(value)
 
 

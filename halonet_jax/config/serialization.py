@@ -1,4 +1,4 @@
-"""A config as JSON and back, and what differs between two configs."""
+"""Converts configs to JSON and back, and compares two configs."""
 
 import difflib
 import json
@@ -12,7 +12,7 @@ from halonet_jax.errors import ConfigError
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:
-    """Returns the config with all its values as JSON text, for `from_json`.
+    """Returns the whole config as JSON text, which `from_json` reads.
 
     Args:
         config: a whole config.
@@ -21,15 +21,15 @@ def to_json(config: ml_collections.ConfigDict) -> str:
 
 
 def from_json(text: str | bytes, sections: Mapping[str, tuple[knobs.Knob, ...]] = knobs.SECTIONS) -> ml_collections.ConfigDict:
-    """Rebuilds a config from the text that `to_json` returned. Ranges are left to `validate`.
+    """Rebuilds a config from the text that `to_json` returned. It does not check ranges; `validate` does.
 
     Args:
-        text: JSON, as a string or as UTF-8 bytes. Knobs that it lacks, as an older version's file may, get their defaults.
+        text: JSON, as a string or as UTF-8 bytes. Missing knobs get their defaults: an older version may lack some.
         sections: the tables of knobs, see `knobs.SECTIONS`.
 
     Raises:
-        ConfigError: the text is not JSON or not an object, has a key that this version does not know, or has a value of
-            another type than its knob's.
+        ConfigError: the text is not a JSON object, has a key that this version does not know, or has a value of the
+            wrong type.
     """
     try:
         stored = json.loads(text)
@@ -51,7 +51,7 @@ def from_json(text: str | bytes, sections: Mapping[str, tuple[knobs.Knob, ...]] 
 
 
 def _stored_values(stored, sections):
-    """Yields full keys and values, tuples for JSON's lists."""
+    """Yields full keys and values. JSON's lists become tuples."""
     for key, value in stored.items():
         if key and key in sections:
             if not isinstance(value, dict):
@@ -74,12 +74,12 @@ def _set(config, key, knob, value):
     *section, name = key.split(".")
     try:
         (config[section[0]] if section else config)[name] = value
-    except OverflowError:  # a whole number too large for the float it stands for
+    except OverflowError:  # a whole number too large for a float
         raise problem from None
 
 
 def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) -> list[str]:
-    """Returns one line for each key whose value differs, such as "model.name: 'h0' -> 'h4'".
+    """Returns one line for each key whose value differs, for example "model.name: 'h0' -> 'h4'".
 
     Args:
         old: the config to start from.

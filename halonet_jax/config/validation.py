@@ -1,4 +1,4 @@
-"""The check of a config before data is opened and programs are compiled."""
+"""Checks a config before data is opened and programs are compiled."""
 
 import difflib
 import shlex
@@ -17,13 +17,13 @@ def validate(
     device_count: int,
     sections: Mapping[str, tuple[knobs.Knob, ...]] = knobs.SECTIONS,
 ) -> None:
-    """Checks every knob by its table, then the rules that tie knobs to each other and to the devices.
+    """Checks every knob by its table, then the rules that involve several knobs or the devices.
 
-    `config.task` is only checked to be a name: which tasks there are is known to `halonet_jax.tasks`.
+    It does not check that the task exists: `halonet_jax.tasks` knows the names.
 
     Args:
         config: a whole config.
-        device_count: devices of the run, over all hosts.
+        device_count: number of devices of the run, over all hosts.
         sections: the tables of knobs, see `knobs.SECTIONS`.
 
     Raises:
@@ -44,10 +44,10 @@ def validate(
 
 
 def show(value) -> str:
-    """Returns `repr(value)`, shortened to a part of a line.
+    """Returns `repr(value)` on one line, shortened to at most 80 characters.
 
     Args:
-        value: anything, such as a number of thousands of digits, which Python refuses to print.
+        value: any object. Python refuses to print integers of thousands of digits; these get a description.
     """
     try:
         text = " ".join(repr(value).split())  # a nested config prints over several lines

@@ -1,1 +1,1 @@
-"""Pictures and figures of models and runs."""
+"""What operators and training steps cost: lower bounds from data sheets, and figures from TPU's compiler."""

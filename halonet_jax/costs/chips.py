@@ -1,7 +1,8 @@
-"""What one TPU device can do, and the least time that a program takes on it.
+"""The capacity of one TPU device, and the least time that a program takes on it.
 
-A device is what JAX counts. On v3 that is a core, of which a chip has two; on the others it is a whole chip (v4 in its usual
-"megacore" mode). Cloud names count cores for v2 to v5p and chips for v5e and v6e: v3-128, v4-128 and v5p-128 are all 64 chips.
+A device is what JAX counts as one. On v3 it is a core, and a chip has two. On the others it is a whole chip (v4 in its
+usual "megacore" mode). Names of Cloud slices count cores for v2 to v5p and chips for v5e and v6e: v3-128, v4-128 and
+v5p-128 all have 64 chips.
 """
 
 import difflib
@@ -15,18 +16,20 @@ class Chip(NamedTuple):
     """One device.
 
     Attributes:
-        memory: bytes that a program can have; less than the data sheet, since the system keeps some. As the compiler states it
-            when it runs out (libtpu 0.0.52).
+        name: the generation, such as "v5e".
+        memory: bytes that a program can use, as the compiler states it when it runs out (libtpu 0.0.52). The data
+            sheet's figure is higher, because the system reserves some.
         flops: peak bfloat16 FLOP/s.
-        bandwidth: of the main memory, bytes/s.
-        clock: Hz; data sheet FLOP/s over those that its matrix units do in a cycle: 128² multiply-adds in each of 2 (a core of
-            v3), 8 (v4, v5p) or 4 (v5e). That gives the published 0.94 and 1.05 GHz of v3 and v4. For v6e we took four units of
-            256²: the compiler's estimate for a matrix product is more than two could do in its cycles.
-        devices_per_chip: 2 where a device is one core.
-        cores_per_device: 2 where two cores work as one device.
-        matmul_share: part of the peak that the compiler's estimate for an 8192³ bfloat16 product comes to.
-        add_share: part of the bandwidth that its estimate for the sum of two arrays of 1 GiB comes to.
-        options: of `jax.experimental.topologies.get_topology_desc`.
+        bandwidth: bytes/s of the main memory.
+        clock: Hz. It is the data sheet's FLOP/s over the FLOPs of the matrix units in a cycle. A unit does 128²
+            multiply-adds, and a device has 2 units (a core of v3), 8 (v4, v5p) or 4 (v5e). The result equals the
+            published 0.94 and 1.05 GHz of v3 and v4. For v6e we assume four units of 256²: by the compiler's estimate
+            for a matrix product, two would be too few.
+        devices_per_chip: 2 if a device is one core, else 1.
+        cores_per_device: 2 if two cores work as one device, else 1.
+        matmul_share: share of the peak that the compiler's estimate implies for an 8192³ bfloat16 product.
+        add_share: share of the bandwidth that its estimate implies for the sum of two arrays of 1 GiB.
+        options: keyword arguments of `jax.experimental.topologies.get_topology_desc`.
     """
 
     name: str
@@ -55,7 +58,13 @@ CHIPS = {
 
 
 class Topology(NamedTuple):
-    """A slice, such as `v5e:4x4`: its chips' arrangement, as Cloud and libtpu write it."""
+    """A slice of TPU chips.
+
+    Attributes:
+        name: chip and arrangement, as Cloud and libtpu write them, such as "v5e:4x4".
+        chip: one device of the slice.
+        num_chips: number of chips.
+    """
 
     name: str
     chip: Chip
@@ -63,14 +72,18 @@ class Topology(NamedTuple):
 
     @property
     def num_devices(self) -> int:
+        """Number of JAX devices."""
         return self.num_chips * self.chip.devices_per_chip
 
 
 def topology(name: str) -> Topology:
-    """Reads a topology's name.
+    """Returns the topology of a name.
+
+    Args:
+        name: chip and arrangement, such as "v5e:4x4" or "v4:2x2x4".
 
     Raises:
-        ValueError: for another form or an unknown chip; states value, rule and remedy.
+        ValueError: the name has another form, or the chip is unknown.
     """
     match = re.fullmatch(r"([a-z0-9]+):(\d+(?:x\d+){1,2})", name)
     if not match:
@@ -86,15 +99,32 @@ def topology(name: str) -> Topology:
 
 
 def roofline_seconds(chip: Chip, flops: float, size: float) -> float:
-    """The least time for so many matrix FLOPs and so many bytes of main memory, were either all that mattered."""
+    """Returns the roofline bound in seconds: the larger of the time for FLOPs and the time for memory traffic.
+
+    Args:
+        chip: the device.
+        flops: FLOPs of its matrix units.
+        size: bytes read from and written to main memory.
+    """
     return max(flops / chip.flops, size / chip.bandwidth)
 
 
 def step_seconds(chip: Chip, flops: float, size: float, cycles: float, kernel_flops: float = 0) -> float | None:
-    """Estimated time of a program: the backend's cycles, or the roofline where that is more; None without cycles.
+    """Returns a program's estimated seconds: by the backend's cycles or by the roofline, whichever is longer.
 
-    Pallas kernels, for which the backend has no estimate, count as their FLOPs at the peak: the least that they can take. Not
-    in it: time between chips, and on-chip work that the backend has no estimate for (see `hlo_cost.Cost.cycles`). For work bound
-    by memory, the backend's cycles come to `add_share` of the bandwidth only, so that they may be up to twice too many.
+    The backend has no estimate for Pallas kernels. They count as their FLOPs at the peak, which is their lower bound.
+    The estimate leaves out communication between chips and other work without an estimate (see `hlo_cost.Cost.cycles`).
+    For work that memory bounds, the backend's cycles imply only `add_share` of the bandwidth, so the result may be up
+    to twice too long.
+
+    Args:
+        chip: the device.
+        flops: FLOPs of its matrix units, kernels included.
+        size: bytes read from and written to main memory.
+        cycles: the backend's estimate; 0: it has none.
+        kernel_flops: FLOPs of Pallas kernels.
+
+    Returns:
+        Seconds; None without cycles.
     """
     return max(cycles / chip.clock + kernel_flops / chip.flops, roofline_seconds(chip, flops, size)) if cycles else None

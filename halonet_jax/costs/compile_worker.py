@@ -1,12 +1,12 @@
-"""Compiles one step of a recipe for a TPU topology, in a process of its own; `tpu_compile.py` starts it and reads its output.
+"""Compiles one step of a recipe for a TPU topology. `tpu_compile.py` starts it as a process and reads its output.
 
 python -m halonet_jax.costs.compile_worker SPEC.json OUT_FOLDER
 
 The spec holds `config` (as `config.to_json` writes it), `topology` with `topology_options`, `step` ("train" or "eval")
-and `quick`. A quick compile ends once the compiler has assigned memory, before it generates machine code: that
-takes a tenth of the time, and memory, FLOPs, bytes and collectives are known by then; estimated cycles are not. The folder
-gets `about.json` (sizes of the state), and from a compile that succeeds `program.txt` (the optimised program) and
-`result.json` (its memory).
+and `quick`. A quick compile ends once the compiler has assigned memory, before it generates machine code. That takes a
+tenth of the time. Memory, FLOPs, bytes and collectives are known by then; estimated cycles are not. The worker writes
+`about.json` (sizes of the state) into the folder. A compile that succeeds adds `program.txt` (the optimised program)
+and `result.json` (its memory).
 """
 
 import glob
@@ -22,7 +22,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     _spec, _out = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
-    # Before jax is imported. libtpu shall not look for a machine's TPUs, nor for the cloud's metadata server.
+    # Set before jax is imported, so that libtpu looks for neither TPUs nor the cloud's metadata server.
     os.environ.update(
         JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_ACCELERATOR_TYPE="v5litepod-8", TPU_WORKER_HOSTNAMES="localhost",
         ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -42,7 +42,17 @@ EXIT_BAD_TOPOLOGY = 2
 
 
 def lower(config, topology: str, options: dict, step: str):
-    """The lowered step, its `Programs` and the topology's devices."""
+    """Lowers a step for a topology. Exits with `EXIT_BAD_TOPOLOGY` if libtpu does not know the topology.
+
+    Args:
+        config: a valid config.
+        topology: the slice, such as "v5e:4x4".
+        options: further arguments of `jax.experimental.topologies.get_topology_desc`.
+        step: "train" or "eval".
+
+    Returns:
+        The lowered step (`jax.stages.Lowered`), its `Programs` and the topology's devices.
+    """
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
     except jax.errors.JaxRuntimeError as error:
@@ -64,12 +74,21 @@ def lower(config, topology: str, options: dict, step: str):
 
 
 def bytes_per_device(tree) -> int:
-    """Of a tree of `ShapeDtypeStruct`s with shardings; without the padding of tiled layouts."""
+    """Returns the bytes that a tree takes on one device, without the padding of tiled layouts.
+
+    Args:
+        tree: pytree of `ShapeDtypeStruct` with shardings.
+    """
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def describe(program, devices) -> dict:
-    """What is known before compiling."""
+    """Returns the facts that are known before compiling: devices, sizes of the state in bytes, versions.
+
+    Args:
+        program: a `Programs`.
+        devices: the topology's devices.
+    """
     state = program.abstract_state
     return {
         "num_devices": len(devices),
@@ -89,7 +108,11 @@ def _libtpu_version():
 
 
 def exit_after_memory_assignment(out: Path) -> None:
-    """Watches the compiler's dump; writes the results and ends the process as soon as memory is assigned."""
+    """Watches the compiler's dump. Writes the results and ends the process as soon as memory is assigned.
+
+    Args:
+        out: the output folder, with the compiler's `dump`.
+    """
     while True:
         time.sleep(0.5)
         done = glob.glob(f"{out}/dump/*.jit_*_step.*after_optimizations_after_buffer_assignment.txt")
@@ -106,11 +129,24 @@ def exit_after_memory_assignment(out: Path) -> None:
 
 
 def write(out: Path, text: str, result: dict) -> None:
+    """Writes a compile's results.
+
+    Args:
+        out: the output folder.
+        text: the optimised program.
+        result: `peak_bytes`, `temp_bytes` and `quick`.
+    """
     (out / "program.txt").write_text(text)
     (out / "result.json").write_text(json.dumps(result))
 
 
 def main(spec: dict, out: Path) -> None:
+    """Compiles a step and writes the results.
+
+    Args:
+        spec: the spec, see the top of this module.
+        out: the output folder.
+    """
     config = config_lib.from_json(json.dumps(spec["config"]))
     lowered, program, devices = lower(config, spec["topology"], spec["topology_options"], spec["step"])
     (out / "about.json").write_text(json.dumps(describe(program, devices)))

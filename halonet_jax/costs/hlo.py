@@ -1,7 +1,7 @@
-"""Reads what XLA compiled, from its text (`compiled.as_text()`): instructions, loops, and what travels between devices.
+"""Parses the text of a compiled program (`compiled.as_text()`): instructions, loops and collectives.
 
-The compiler's own `cost_analysis` counts the body of a loop once, however often it runs, and says nothing of collectives.
-Here whatever a loop holds is multiplied by its trip count. Shapes in the text are those of one device.
+The compiler's own `cost_analysis` counts the body of a loop once, however often it runs, and leaves out collectives.
+Here the contents of a loop are multiplied by its trip count. Shapes in the text are those of one device.
 """
 
 import collections
@@ -20,12 +20,13 @@ _KNOWN_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
 class Collective(NamedTuple):
-    """All collectives of one kind that one run of the program executes, seen from one device.
+    """All collectives of one kind in one run of the program, seen from one device.
 
     Attributes:
         kind: one of `COLLECTIVES`.
-        count: executions.
-        bytes: payload without padding, summed over executions: of the results for all-gather, of the operands for the others.
+        count: number of executions.
+        bytes: payload without padding, summed over the executions. The payload of an all-gather is its results, that of
+            the others is their operands.
     """
 
     kind: str
@@ -34,21 +35,30 @@ class Collective(NamedTuple):
 
 
 class Array(NamedTuple):
-    """One array's shape, as XLA writes it: `bf16[8,64,64]{2,1,0:T(8,128)(2,1)S(1)}`."""
+    """One array's shape. XLA writes it as `bf16[8,64,64]{2,1,0:T(8,128)(2,1)S(1)}`.
+
+    Attributes:
+        dtype: XLA's name, such as "bf16".
+        dims: the size of each axis.
+        minor_to_major: the axes, the one that is contiguous in memory first.
+        tiling: such as "T(8,128)(2,1)"; "" on a CPU.
+        memory: 0 is the device's main memory. On a TPU, 1 is VMEM, the on-chip memory.
+    """
 
     dtype: str
     dims: tuple[int, ...]
     minor_to_major: tuple[int, ...]
-    tiling: str  # "T(8,128)(2,1)", "" on a CPU
-    memory: int  # 0: the device's main memory; on a TPU, 1 is VMEM, the on-chip memory
+    tiling: str
+    memory: int
 
     @property
     def bytes(self) -> int:
+        """Size without padding."""
         return -(-math.prod(self.dims) * _bits(self.dtype) // 8)
 
     @property
     def padded_bytes(self) -> int:
-        """As it lies in memory: a TPU pads the minor dimensions to whole tiles."""
+        """Size in memory: a TPU pads the minor dimensions to whole tiles."""
         tile = re.match(r"T\(([\d,]*)\)", self.tiling)
         if not tile or not self.dims or not tile.group(1):
             return self.bytes
@@ -60,17 +70,34 @@ class Array(NamedTuple):
 
 
 class Instruction(NamedTuple):
+    """One instruction of a computation.
+
+    Attributes:
+        name: unique within the computation.
+        shape: of the result, as XLA writes it; tuples as "(…, …)".
+        opcode: such as "dot" or "fusion".
+        operands: names of the instructions that it takes.
+        literal: the text between the parentheses, such as a constant's value.
+        attributes: the text after the parentheses.
+        is_root: whether its result is the computation's.
+    """
+
     name: str
-    shape: str  # of the result; tuples as "(…, …)"
+    shape: str
     opcode: str
-    operands: tuple[str, ...]  # names
-    literal: str  # what stands between the parentheses
+    operands: tuple[str, ...]
+    literal: str
     attributes: str
     is_root: bool
 
 
 class Module(NamedTuple):
-    """A program: its computations, each a dict of instructions by name."""
+    """A program.
+
+    Attributes:
+        computations: each computation's instructions by name, in order.
+        entry: name of the computation at which the program starts.
+    """
 
     computations: dict[str, dict[str, Instruction]]
     entry: str
@@ -79,8 +106,11 @@ class Module(NamedTuple):
 def parse(text: str) -> Module:
     """Parses a compiled module's text.
 
+    Args:
+        text: what `compiled.as_text()` returns.
+
     Raises:
-        ValueError: where the text holds no entry computation.
+        ValueError: the text holds no entry computation, or its parentheses do not match.
     """
     computations, entry, current = {}, None, None
     for line in text.splitlines():
@@ -126,7 +156,11 @@ def _bits(dtype):
 
 
 def arrays(shape: str) -> list[Array]:
-    """The arrays of a shape, those of nested tuples in order."""
+    """Returns the arrays of a shape in order, those of nested tuples included.
+
+    Args:
+        shape: as XLA writes it.
+    """
     found = []
     for dtype, dims, order, layout in _SHAPE.findall(shape):
         numbers = lambda text: tuple(int(x) for x in text.split(",") if x)
@@ -137,9 +171,15 @@ def arrays(shape: str) -> list[Array]:
 
 
 def trip_count(module: Module, loop: Instruction, computation: dict[str, Instruction]) -> int | None:
-    """How often a `while` runs: as the compiler notes it, or from `counter < constant` in the condition; None: unknown.
+    """Returns how often the body of a `while` runs, or None if the text does not tell.
 
-    Counters of `lax.scan`, `map` and `fori_loop` step by one.
+    The count is the compiler's note, or follows from `counter < constant` in the condition. The counters of `lax.scan`,
+    `map` and `fori_loop` step by one.
+
+    Args:
+        module: the program.
+        loop: the `while`.
+        computation: the computation that holds it.
     """
     if known := _KNOWN_TRIPS.search(loop.attributes):
         return int(known.group(1))
@@ -161,10 +201,13 @@ def trip_count(module: Module, loop: Instruction, computation: dict[str, Instruc
 
 
 def executions(module: Module) -> dict[str, int]:
-    """How often each computation runs in one run of the program, fusions' and loops' bodies included.
+    """Returns how often each computation runs in one run of the program, by name.
 
-    Every branch of a conditional counts as taken. A loop of unknown trip count counts once; see `unknown_loops`. What a reduce
-    applies to its elements is left out.
+    Bodies of fusions and loops are included. Every branch of a conditional counts as taken. A loop of unknown trip
+    count counts once; see `unknown_loops`. The functions that a reduce applies to its elements are left out.
+
+    Args:
+        module: the program.
     """
     times = collections.Counter({module.entry: 1})
     for name in _callers_first(module):
@@ -179,7 +222,11 @@ def executions(module: Module) -> dict[str, int]:
 
 
 def unknown_loops(module: Module) -> list[str]:
-    """Names of the loops whose trip count the text does not tell."""
+    """Returns the names of the loops whose trip count the text does not tell.
+
+    Args:
+        module: the program.
+    """
     return [
         instruction.name
         for computation in module.computations.values()
@@ -211,10 +258,16 @@ def _callers_first(module):
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """The collectives that one run of a compiled program executes, one entry per kind, sorted by kind; see `Collective`.
+    """Returns the collectives of one run of a compiled program, one entry per kind, sorted by kind.
 
-    Loop bodies are multiplied by their trip counts, an asynchronous pair of start and done counts once, and a collective of
-    several arrays is one collective.
+    Loop bodies are multiplied by their trip counts. An asynchronous pair of start and done counts once, and so does a
+    collective of several arrays.
+
+    Args:
+        hlo_text: what `compiled.as_text()` returns.
+
+    Raises:
+        ValueError: the text is not that of a program, see `parse`.
     """
     module = parse(hlo_text)
     count, size = collections.Counter(), collections.Counter()
@@ -231,7 +284,7 @@ def collectives(hlo_text: str) -> list[Collective]:
 
 
 def _started(module):
-    """TPU starts some collectives in one fusion and goes on with them in others that repeat them: {channel: where it starts}."""
+    """Maps the channels of collectives to the fusion that starts them. On TPU, later fusions repeat them."""
     return {
         _channel(instruction): name
         for name, computation in module.computations.items()

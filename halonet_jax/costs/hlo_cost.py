@@ -1,4 +1,4 @@
-"""What one run of a compiled program costs, loops multiplied: matrix FLOPs, bytes to and from main memory, estimated cycles."""
+"""The cost of one run of a compiled program, loops multiplied: FLOPs, bytes of main memory, estimated cycles."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import numpy as np
 
 from halonet_jax.costs import hlo
 
-# Names for values that are there already, or control flow, whose bodies are counted by themselves.
+# These name existing values, or are control flow, whose bodies are counted separately.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
     "opt-barrier", "partition-id", "replica-id",
@@ -20,17 +20,17 @@ _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
 class Cost(NamedTuple):
-    """Of one run, on one device.
+    """The cost of one run on one device.
 
     Attributes:
-        flops: two for each multiply-add of matrix products and convolutions, those that fall on padding left out, and
-            `kernel_flops`. What the vector unit does (softmax, norms, optimizer) is not counted.
-        bytes: read from and written to main memory, padding of tiled layouts included. An array in on-chip memory costs
-            nothing, a slice costs its own size, and so does an update in place.
-        cycles: the TPU backend's estimates, summed; 0 where there are none (CPU). It has none for copies between main and
-            on-chip memory, which run beside the rest, for collectives, gathers and scatters, for max pooling's gradient, and
-            for Pallas kernels.
-        kernel_flops: of Pallas kernels, as they state them: what the matrix unit does, products of masked lanes included.
+        flops: two for each multiply-add of matrix products and convolutions, except those with padding; plus
+            `kernel_flops`. Work of the vector unit (softmax, norms, optimizer) is not counted.
+        bytes: read from and written to main memory, including the padding of tiled layouts. An array in on-chip memory
+            costs nothing. A slice and an update in place cost the slice's size.
+        cycles: sum of the TPU backend's estimates; 0 on a CPU. The backend has no estimate for collectives, gathers,
+            scatters, max pooling's gradient, Pallas kernels, and copies between main and on-chip memory, which run in
+            parallel.
+        kernel_flops: FLOPs of Pallas kernels, as the kernels state them. They include products of masked lanes.
     """
 
     flops: int
@@ -40,7 +40,11 @@ class Cost(NamedTuple):
 
 
 def cost(module: hlo.Module) -> Cost:
-    """Sums over the program."""
+    """Returns the cost of one run of a program.
+
+    Args:
+        module: the program, from `hlo.parse`.
+    """
     flops = size = cycles = kernel_flops = 0
     fused = _fused(module)
     for name, times in hlo.executions(module).items():
@@ -57,7 +61,7 @@ def cost(module: hlo.Module) -> Cost:
 
 
 def _fused(module):
-    """Computations that run inside one instruction, where no array stands in main memory."""
+    """Returns the computations that run inside one instruction. Their arrays are not in main memory."""
     return {
         called
         for computation in module.computations.values()
@@ -85,7 +89,11 @@ def _flops(instruction, computation):
 
 
 def _convolution_flops(instruction, computation):
-    """TPU writes matrix products as convolutions too, batch axes as dilated spatial ones, most of whose positions are empty."""
+    """Counts FLOPs without those on padding.
+
+    TPU also writes matrix products as convolutions, with batch axes as dilated spatial axes. Most of their positions
+    are empty.
+    """
     left, right = (hlo.arrays(computation[name].shape)[0].dims for name in instruction.operands)
     out = hlo.arrays(instruction.shape)[0].dims
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes).groups()
@@ -100,7 +108,7 @@ def _convolution_flops(instruction, computation):
         stride, spread, gap = (int(pick(key, "1")) for key in ("stride", "lhs_dilate", "rhs_dilate"))
         at = np.arange(out[axis])[:, None] * stride + np.arange(right[axis]) * gap - low
         positions *= int(((at % spread == 0) & (at >= 0) & (at // spread < left[axis])).sum())
-    # The kernel's input features are those of one feature group already.
+    # The kernel's input features already are those of one feature group.
     return 2 * positions * left["b"] // int(groups.group(1) if groups else 1) * out["f"] * right["i"]
 
 
@@ -119,9 +127,9 @@ def _bytes(module, instruction, computation):
 
 
 def _started_bytes(module, instruction, computation):
-    """An asynchronous copy, slice or collective: its tuple holds the result beside operands and handles."""
+    """Counts the bytes of an asynchronous copy, slice or collective. Its tuple holds operands, result and handles."""
     kind = instruction.opcode.removesuffix("-start")
-    if kind == "async":  # what it does stands in a computation of its own
+    if kind == "async":  # the work is in a computation of its own
         kind = _root(_body(module, instruction)).opcode
     results = hlo.arrays(instruction.shape)
     operands = [array for name in instruction.operands for array in hlo.arrays(computation[name].shape)]
@@ -138,7 +146,7 @@ def _in_main_memory(arrays):
 
 
 def _read(module, instruction, index, arrays):
-    """Bytes that an instruction reads of its operand `index`."""
+    """Returns the bytes that an instruction reads of its operand `index`."""
     if not _in_main_memory(arrays):
         return 0
     if instruction.opcode in _SLICES and index == 0:

@@ -1,6 +1,7 @@
-"""Compiles a recipe's steps for TPU slices that are not at hand, and looks for settings that make them fit.
+"""Compiles a recipe's steps for TPU slices without a TPU, and searches for settings that make them fit.
 
-Each compile runs in a process of its own (`compile_worker.py`): libtpu serves one at a time, and a quick one has to be ended.
+Each compile runs in its own process (`compile_worker.py`): libtpu serves one compile at a time, and a quick compile
+ends early, together with its process.
 """
 
 import importlib.util
@@ -21,7 +22,7 @@ from halonet_jax import errors
 from halonet_jax.costs import chips, hlo, hlo_cost
 
 WORKER = Path(__file__).with_name("compile_worker.py")
-EXIT_BAD_TOPOLOGY = 2  # as the worker has it
+EXIT_BAD_TOPOLOGY = 2  # the worker's exit code
 
 
 class CompileFailed(RuntimeError):
@@ -29,9 +30,17 @@ class CompileFailed(RuntimeError):
 
 
 class Settings(NamedTuple):
-    """What may be changed to make a run fit."""
+    """The settings that may change to make a run fit.
 
-    batch_size: int  # global
+    Attributes:
+        batch_size: global batch size, in images.
+        accumulation_steps: micro-batches per step.
+        remat: recompute activations in the backward pass.
+        fsdp: devices that share one copy of the state.
+        scan: loop over the equal blocks of a stage.
+    """
+
+    batch_size: int
     accumulation_steps: int
     remat: bool
     fsdp: int
@@ -39,28 +48,45 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, config: ml_collections.ConfigDict) -> "Settings":
+        """Returns the settings of a config.
+
+        Args:
+            config: a whole config.
+        """
         c = config
         return cls(c.batch_size, c.optimizer.accumulation_steps, c.model.remat, c.mesh.fsdp, c.model.scan)
 
     def apply(self, config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-        """A copy of the config with these settings."""
+        """Returns a copy of a config with these settings.
+
+        Args:
+            config: a whole config.
+        """
         config = ml_collections.ConfigDict(config.to_dict())
         config.batch_size, config.optimizer.accumulation_steps = self.batch_size, self.accumulation_steps
         config.model.remat, config.mesh.fsdp, config.model.scan = self.remat, self.fsdp, self.scan
         return config
 
     def flags(self, than: "Settings") -> str:
-        """The flags that turn `than` into these settings."""
+        """Returns the command-line flags that change `than` into these settings, separated by spaces.
+
+        Args:
+            than: the settings to start from.
+        """
         keys = ("batch_size", "optimizer.accumulation_steps", "model.remat", "mesh.fsdp", "model.scan")
         changed = [f"--config.{key}={new}" for key, new, old in zip(keys, self, than) if new != old]
         return " ".join(changed)
 
 
 def check(config: ml_collections.ConfigDict, topology: str) -> chips.Topology:
-    """All that can be known to be wrong before compiling.
+    """Finds mistakes before compiling, and returns the topology.
+
+    Args:
+        config: a whole config.
+        topology: a slice, such as "v5e:4x4".
 
     Raises:
-        ConfigError: naming the value, the rule and the remedy.
+        ConfigError: the topology or the config is invalid, or libtpu is not installed.
     """
     try:
         parsed = chips.topology(topology)
@@ -73,16 +99,28 @@ def check(config: ml_collections.ConfigDict, topology: str) -> chips.Topology:
 
 
 def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "train", quick: bool = True) -> dict:
-    """Compiles one step; returns a record of plain values, of one device.
+    """Compiles one step in a process of its own.
 
-    Keys: `fits`, `seconds` (of the compile), `num_devices`, `description`, `param_bytes`, `optimizer_bytes` (with batch
-    statistics), `ema_bytes`, `versions`; where it fits, or the compiler does not mind, also `peak_bytes`, `temp_bytes`, `flops`,
-    `bytes`, `cycles` (0 where `quick`), `kernel_flops`, `collectives` and `unknown_loops`; where it does not, `needed_bytes`, of
-    temporaries alone.
+    Args:
+        config: a valid config, see `check`.
+        topology: a slice, such as "v5e:4x4".
+        step: "train" or "eval".
+        quick: stop before machine code. It takes a tenth of the time and gives no cycles.
+
+    Returns:
+        A record of JSON values. Figures are of one device.
+
+        Always: `fits`, `seconds` (of the compile), `num_devices`, `description`, `param_bytes`, `optimizer_bytes` (with
+        batch statistics), `ema_bytes`, `versions`.
+
+        If the compile succeeds: `peak_bytes`, `temp_bytes`, `flops`, `bytes`, `cycles` (0 if `quick`), `kernel_flops`,
+        `collectives`, `unknown_loops`.
+
+        If the compiler runs out of memory: `needed_bytes`, of temporaries alone.
 
     Raises:
-        ConfigError: for a topology that libtpu does not know.
-        CompileFailed: with the compiler's last words.
+        ConfigError: libtpu does not know the topology.
+        CompileFailed: the compiler failed for another reason. The message is its last line.
     """
     chip = chips.topology(topology).chip
     spec = {
@@ -126,11 +164,21 @@ def make_fit(
     tell: Callable[[str], None],
     compile_step: Callable[..., dict] = compile_step,
 ) -> list[tuple[Settings, dict]]:
-    """What fits in place of settings that do not, as compiled, with the least time first (`chips.roofline_seconds`).
+    """Searches for settings that fit when the config's own do not, by compiling.
 
-    Without `model.remat` and with it, the largest micro-batch that fits is found by halving, starting from what the failed
-    compile says that it needs: micro-batches keep the recipe's global batch. Sharing the state out over `fsdp` is tried only
-    where the state is a good part of the memory.
+    It tries micro-batches without and with `model.remat`, because they keep the recipe's global batch. It halves the
+    micro-batch until it fits, starting from the memory that the failed compile asked for. It tries to shard the state
+    with `mesh.fsdp` only if the state takes more than a quarter of the memory.
+
+    Args:
+        config: the config that does not fit.
+        topology: a slice, such as "v5e:4x4".
+        record: what `compile_step` returned for it.
+        tell: called with each line of progress.
+        compile_step: a function like `compile_step`, for example one that stores the records.
+
+    Returns:
+        The settings that fit, as (settings, record), those with the least `chips.roofline_seconds` first.
     """
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
@@ -152,7 +200,7 @@ def make_fit(
         steps = here.accumulation_steps
         while not last["fits"]:
             needs = last.get("peak_bytes") or last["needed_bytes"]
-            # Activations shrink with the micro-batch, the state does not; at least halve.
+            # Activations shrink with the micro-batch, the state does not. Halve it at least once.
             excess = (needs - state) / max(parsed.chip.memory - state, 1)
             factor = 2
             while factor < excess:

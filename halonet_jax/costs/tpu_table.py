@@ -1,7 +1,8 @@
-"""Writes docs/tpu_sizing.md: what each recipe takes on slices of each TPU generation. `compile_for_tpu.py --table` runs it.
+"""Writes docs/tpu_sizing.md, the sizing of each recipe on each TPU generation. `compile_for_tpu.py --table` runs it.
 
-Every compile is stored in docs/tpu_sizing.json as soon as it ends, with a stamp of the code that it depends on. The next run
-continues where the last one stopped. Nothing in the tables is extrapolated: a row that is not compiled yet says so.
+Every compile is stored in docs/tpu_sizing.json as soon as it ends, with a stamp of the code that it depends on. The
+next run continues where the last one stopped. Nothing in the tables is extrapolated: a row that is not compiled yet
+says so.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from halonet_jax.costs.tpu_compile import Settings
 
 ROOT = Path(__file__).parents[2]
 RECORDS, PAGE = ROOT / "docs" / "tpu_sizing.json", ROOT / "docs" / "tpu_sizing.md"
-# 128 cores or chips each, so 32 or 64 of the recipe's 4,096 images on a device.
+# 128 cores or chips each: a device gets 32 or 64 of the recipe's 4,096 images.
 SLICES = {"v5e-128": "v5e:8x16", "v4-128": "v4:4x4x4", "v6e-128": "v6e:8x16", "v5p-128": "v5p:4x4x4", "v3-128": "v3:8x8"}
 RECIPES = (
     "h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7", "h4_base128", "h4_base128_conv12", "h7_conv1", "h7_conv12", "h7_conv123",
@@ -28,21 +29,23 @@ RECIPES = (
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# What a compiled step depends on: every file in these folders of the package, and the recipe. Reading data, reports and
-# checkpoints do not count.
+# A compiled step depends on the recipe and on every file in these folders of the package, except LEFT_OUT.
 SOURCES = ("config", "models", "ops", "tasks", "training")
-LEFT_OUT = ("training/checkpoint.py", "training/loop.py")
+LEFT_OUT = (
+    "tasks/inputs.py", "training/carry_over.py", "training/checkpoint.py", "training/checkpoint_files.py", "training/evaluation.py",
+    "training/loop.py", "training/progress.py",
+)  # fmt: skip
 
 
 def main(minutes: float, quick: bool) -> int:
-    """Compiles what is missing, the most important rows first, and writes the page after every row.
+    """Compiles the missing rows, the most important first, and writes the page after every row.
 
     Args:
-        minutes: no compile starts after this time; 0: no limit.
-        quick: leave out machine code, and with it the estimates of time.
+        minutes: no compile starts after this many minutes; 0: no limit.
+        quick: leave out machine code and the estimates of time, which need it.
 
     Returns:
-        0, the exit code.
+        The exit code, 0.
     """
     store, begin = Store(), time.monotonic()
     tell = lambda text: print(f"[{(time.monotonic() - begin) / 60:4.0f} min] {text}", flush=True)
@@ -58,7 +61,7 @@ def main(minutes: float, quick: bool) -> int:
 
 
 def work() -> list[tuple[str, str, bool]]:
-    """Returns (recipe, slice, whether to estimate its time too) for every row, the most important first."""
+    """Returns (recipe, slice, whether to estimate its time too) for every row. The most important row is first."""
     rest = [recipe for recipe in RECIPES if recipe not in FIRST]
     every = lambda recipes, names, timed: [(recipe, name, timed) for name in names for recipe in recipes]
     first, others = ("v5e-128", "v4-128"), ("v6e-128", "v5p-128", "v3-128")
@@ -70,13 +73,13 @@ def work() -> list[tuple[str, str, bool]]:
 
 
 class Store:
-    """The records of compiles, kept in a file that several runs may write to."""
+    """The records of compiles, in a file that several runs may write to."""
 
     def __init__(self):
         self.read()
 
     def code(self, recipe: str) -> str:
-        """Returns the stamp of the code as it is now: a hash of all that the recipe's compiled step depends on.
+        """Returns the stamp of the current code: a hash of everything that the recipe's compiled step depends on.
 
         Args:
             recipe: a name from `RECIPES`.
@@ -90,11 +93,11 @@ class Store:
         return stamp.hexdigest()[:12]
 
     def read(self) -> None:
-        """Reads the file again, for records that other runs have added."""
+        """Reads the file again, because other runs may have added records."""
         self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
 
     def find(self, recipe: str, topology: str, settings: Settings, quick: bool) -> dict | None:
-        """Returns a record, whatever code it was compiled from; None where there is none.
+        """Returns a record, whatever code it was compiled from; None if it does not exist.
 
         Args:
             recipe: a name from `RECIPES`.
@@ -105,12 +108,28 @@ class Store:
         return self.records.get(_key(recipe, topology, settings, quick))
 
     def get(self, recipe: str, topology: str, settings: Settings, quick: bool, code: str = "") -> dict | None:
-        """Returns a record of the code as it is now, or of `code`; None where there is none. Arguments as for `find`."""
+        """Returns a record of the current code, or of `code`; None if it does not exist.
+
+        Args:
+            recipe: as for `find`.
+            topology: likewise.
+            settings: likewise.
+            quick: likewise.
+            code: the stamp that the record must have; "": that of the current code.
+        """
         record = self.find(recipe, topology, settings, quick)
         return record if record and record["code"] == (code or self.code(recipe)) else None
 
     def put(self, recipe: str, topology: str, settings: Settings, quick: bool, record: dict) -> None:
-        """Adds `record` to the file, or replaces it there. Arguments as for `find`."""
+        """Adds a record to the file, or replaces the old one.
+
+        Args:
+            recipe: as for `find`.
+            topology: likewise.
+            settings: likewise.
+            quick: likewise.
+            record: JSON values, with the stamp under "code".
+        """
         self.read()
         self.records[_key(recipe, topology, settings, quick)] = record
         new = RECORDS.with_suffix(".new")
@@ -128,7 +147,7 @@ def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
 
     Args:
         recipe: a name from `RECIPES`.
-        scan: turn `model.scan` on.
+        scan: True turns `model.scan` on; False leaves it as it is.
     """
     config = config_lib.sibling(str(ROOT / "configs" / "recipe.py"), recipe)
     config.model.scan |= scan
@@ -136,13 +155,13 @@ def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
 
 
 def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[str], None]) -> None:
-    """Compiles what a row lacks: the recipe as it is and, if it does not fit, settings that do.
+    """Compiles the missing parts of a row: the recipe as it is and, if it does not fit, settings that do.
 
     Args:
         store: receives the records.
         recipe: a name from `RECIPES`.
         topology: a slice, such as "v5e:8x16".
-        timed: compile to machine code too, for the estimate of time; with `model.scan`, which compiles faster.
+        timed: also compile to machine code, with `model.scan` to save compile time. This gives the estimate of time.
         tell: called with each line of progress.
     """
 
@@ -152,7 +171,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[s
         record = store.get(recipe, topology, settings, quick)
         if record is None:
             tell(f"compiling {settings.flags(here) or 'the recipe as it is'}{'' if quick else ', machine code'} …")
-            code = store.code(recipe)  # now: it may change while the compiler runs
+            code = store.code(recipe)  # before compiling: the code may change while the compiler runs
             record = tpu_compile.compile_step(config, topology, step, quick) | {"code": code}
             store.put(recipe, topology, settings, quick, record)
         return record
@@ -171,9 +190,9 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[s
 
 
 def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, code: str = "") -> list[tuple[Settings, dict]]:
-    """Returns the stored compiles that fit, as (settings, record), the one of the least time first.
+    """Returns the stored compiles that fit, as (settings, record). The one with the least time is first.
 
-    It looks at the config's own settings and at those that `tpu_compile.make_fit` tries.
+    It looks for the config's own settings and for those that `tpu_compile.make_fit` tries.
 
     Args:
         store: the records.
@@ -181,7 +200,7 @@ def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, c
         recipe: its name.
         topology: a slice, such as "v5e:8x16".
         quick: True for compiles to memory, False for those to machine code.
-        code: the stamp that records must have; "": that of the code as it is now.
+        code: the stamp that records must have; "": that of the current code.
     """
     here, parsed = Settings.of(config), chips.topology(topology)
     found = []
@@ -233,7 +252,10 @@ def _row(cells):
 
 
 def _stored_code(store, recipe, parsed):
-    """The stamp of the recipe's record without changes; None: not compiled. Records of other code do not join its row."""
+    """Returns the stamp of the recipe's record without changes, None if it is not compiled.
+
+    The records of one row must have the same stamp.
+    """
     record = store.find(recipe, parsed.name, Settings.of(load(recipe)), True)
     return record and record["code"]
 
@@ -262,7 +284,7 @@ def _memory_cells(store, recipe, parsed):
 
 
 def _time_cells(store, recipe, parsed):
-    """None where no time is compiled."""
+    """Returns the cells of the table of times, None if no time is compiled."""
     config, code = load(recipe), _stored_code(store, recipe, parsed)
     timed = code and fits(store, load(recipe, scan=True), recipe, parsed.name, False, code)
     if not timed:
@@ -280,7 +302,7 @@ def _remedy(here, settings, record):
 
 
 def _short(flags):
-    """`--config.model.remat=True` as `remat=True`; the page's head has the whole keys."""
+    """Shortens `--config.model.remat=True` to `remat=True`. The head of the page explains the keys."""
     return " ".join(f"`{flag.removeprefix('--config.').split('.')[-1]}`" for flag in flags.split())
 
 

@@ -1,4 +1,4 @@
-"""The HaloNet family: stem, four stages of bottleneck blocks with attention or convolutions, classifier (paper, section 3)."""
+"""The HaloNet family: stem, stages of bottleneck blocks, classifier (arXiv 2103.12731, section 3)."""
 
 import functools
 from typing import Any
@@ -9,77 +9,98 @@ import numpy as np
 from flax import linen as nn
 
 from halonet_jax import ops
-from halonet_jax.models import layers
+from halonet_jax.models import blocks, layers
+from halonet_jax.models.blocks import AttentionLayer, BlockSpec
 
 # Recomputed in the backward pass from their input alone.
 ACTIVATIONS = {name: jax.checkpoint(f, prevent_cse=False) for name, f in (("silu", nn.silu), ("relu", nn.relu))}
-
-
-def _conv(features, kernel_size, stride=1, **rest):
-    """Pads symmetrically: a strided conv's output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are."""
-    return nn.Conv(
-        features, (kernel_size, kernel_size), (stride, stride), padding=kernel_size // 2, use_bias=False,
-        kernel_init=nn.initializers.he_normal(), conv_general_dilated=layers.conv_general_dilated, **rest,
-    )  # fmt: skip
+STEM_STRIDE = 4  # of both stems
 
 
 class Bottleneck(nn.Module):
-    """1x1 conv to `width`, attention or 3x3 conv, 1x1 conv to `out_width`, residual. `[B, H, W, C] -> [B, H/s, W/s, out]`."""
+    """One block: 1x1 conv, attention or 3x3 conv, 1x1 conv, residual.
 
-    kind: str
-    width: int
-    out_width: int
-    stride: int
+    `[B, H, W, C] -> [B, ceil(H / s), ceil(W / s), out_width]`, with stride s.
+
+    Attributes:
+        spec: kind, widths, stride and the rest of the block's architecture.
+        activation: function on arrays.
+        norm: `layers.BatchNorm` with all but `activation`, `scale_init` and `name` filled in.
+        attention: `layers.HaloAttention` with all that `spec` does not say filled in.
+        zero_init_residual: start with a zero scale in the last norm, so that the block starts as its shortcut.
+        drop: whether stochastic depth acts.
+        dtype: of the computation; parameters are float32.
+    """
+
+    spec: BlockSpec
     activation: Any
     norm: Any
     attention: Any
-    se_ratio: float
     zero_init_residual: bool
-    drop: bool  # whether stochastic depth acts
+    drop: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x, drop_rate):
-        conv = functools.partial(_conv, dtype=self.dtype)
+        """Applies the block.
+
+        Args:
+            x: `[B, H, W, C]`.
+            drop_rate: probability with which stochastic depth drops an example.
+
+        Returns:
+            `[B, ceil(H / stride), ceil(W / stride), out_width]`.
+        """
+        spec, conv = self.spec, functools.partial(layers.conv, dtype=self.dtype)
         shortcut = x
         norm_activation = functools.partial(self.norm, activation=self.activation)
-        y = norm_activation(name="norm1")(conv(self.width, 1, name="conv1")(x))
-        if self.kind == "attention":
-            y = self.attention(stride=self.stride, name="attention")(y)
+        y = norm_activation(name="norm1")(conv(spec.width, 1, name="conv1")(x))
+        if spec.kind == "attention":
+            y = self.attention(
+                channels=spec.channels, num_heads=spec.num_heads, block_size=spec.block_size, halo_size=spec.halo_size,
+                value_channels=spec.value_channels, stride=spec.stride, name="attention",
+            )(y)  # fmt: skip
         else:
-            y = conv(self.width, 3, self.stride, name="conv2")(y)
+            y = conv(spec.width, 3, spec.stride, name="conv2")(y)
         y = norm_activation(name="norm2")(y)
-        y = conv(self.out_width, 1, name="conv3")(y)
+        y = conv(spec.out_width, 1, name="conv3")(y)
         last_scale = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
         y = self.norm(scale_init=last_scale, name="norm3")(y)
-        if self.se_ratio:
-            y = layers.SqueezeExcite(self.se_ratio, self.activation, dtype=self.dtype, name="se")(y)
+        if spec.se_ratio:
+            y = layers.SqueezeExcite(spec.se_ratio, self.activation, dtype=self.dtype, name="se")(y)
         if self.drop:
             y = layers.stochastic_depth(y, drop_rate, self.make_rng("dropout"))
-        if self.stride != 1 or x.shape[-1] != self.out_width:
-            shortcut = self.norm(name="shortcut_norm")(conv(self.out_width, 1, self.stride, name="shortcut")(x))
+        if spec.stride != 1 or x.shape[-1] != spec.out_width:
+            shortcut = self.norm(name="shortcut_norm")(conv(spec.out_width, 1, spec.stride, name="shortcut")(x))
         return self.activation(shortcut + y)
 
 
 class Backbone(nn.Module):
-    """Stem and stages. `variants.DEFAULTS` explains the first attributes, `config.imagenet` the others.
+    """Stem and stages: from images to one map per stage. `models.create` builds it.
 
-    `[B, H, W, 3] -> four maps [B, ceil(H / s), ceil(W / s), C]` at strides s = 4, 8, 16, 32, in `dtype`.
+    Attributes:
+        stages: tuples of `BlockSpec`, one tuple per stage.
+        stem: "conv" (7x7/2 convolution and 3x3/2 max pool) or "patch" (one 4x4/4 convolution).
+        stem_width: channels of the stem's output.
+        activation: "silu" or "relu".
+        stochastic_depth_rate: drop rate of the last block; rises linearly from 0 over all blocks.
+        bn_group_size: examples that share batch-norm statistics; 0: the whole batch.
+        bn_momentum: of the running batch-norm statistics.
+        bn_epsilon: added to the variance in batch norm.
+        zero_init_residual: let every block start as its shortcut.
+        padding: what attention does with keys outside of the map, see `ops.halo_attention`: "mask" or "zero".
+        window: which keys a query sees, see `ops.halo_attention`: "neighborhood" or "centered".
+        attention_impl: implementation of the attention, see `ops.halo_attention`.
+        dtype: of activations and maps; parameters and batch statistics are float32.
+        remat: recompute each block's activations in the backward pass, which takes less memory and more time.
+        scan: loop over equal neighbouring blocks of a stage, as `blocks.runs` says. It compiles faster and moves more
+            memory.
     """
 
-    stage_sizes: tuple
-    stage_kinds: tuple
-    stem: str
-    stem_width: int
-    base_width: int
-    num_heads: tuple
-    block_size: int
-    halo_size: int
-    value_ratio: float
-    expansion_ratio: float
-    activation: str
-    se_ratio: float
-    se_kinds: tuple
+    stages: blocks.Stages
+    stem: str = "conv"
+    stem_width: int = 64
+    activation: str = "silu"
     stochastic_depth_rate: float = 0.0
     bn_group_size: int = 0
     bn_momentum: float = 0.9
@@ -92,78 +113,130 @@ class Backbone(nn.Module):
     remat: bool = False
     scan: bool = False
 
-    def norm(self, train):
+    def norm(self, use_running_average: bool):
+        """Returns `layers.BatchNorm` with this network's settings.
+
+        Args:
+            use_running_average: normalise by the running statistics, not by the batch's.
+        """
         return functools.partial(
-            layers.BatchNorm, use_running_average=not train, group_size=self.bn_group_size, momentum=self.bn_momentum,
-            epsilon=self.bn_epsilon, dtype=self.dtype,
+            layers.BatchNorm, use_running_average=use_running_average, group_size=self.bn_group_size,
+            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype,
         )  # fmt: skip
 
-    def attention(self, stage):
-        width = self.base_width * 2**stage
+    def attention(self):
+        """Returns `layers.HaloAttention` with this network's settings; a block's specification has the others."""
         return functools.partial(
-            layers.HaloAttention, channels=width, num_heads=self.num_heads[stage], block_size=self.block_size,
-            halo_size=self.halo_size, value_channels=int(width * self.value_ratio), window=self.window, padding=self.padding,
-            implementation=self.attention_impl, dtype=self.dtype,
-        )  # fmt: skip
+            layers.HaloAttention, window=self.window, padding=self.padding, implementation=self.attention_impl, dtype=self.dtype
+        )
 
     @nn.nowrap
-    def attention_choices(self, batch: int, height: int, width: int) -> list[tuple[int, int, ops.Choice]]:
-        """What attends in the blocks of each stage, by `ops.choose`: (stage, number of blocks, choice), for images of this size."""
-        found, height, width = [], -(-height // 4), -(-width // 4)
-        for stage, depth in enumerate(self.stage_sizes):
-            for stride, count in ((1 if stage == 0 else 2, 1), (1, depth - 1)):
-                if self.stage_kinds[stage] == "attention" and count:
-                    layer = self.attention(stage)(stride=stride, parent=None)
-                    found.append((stage + 1, count, layer.choose(batch, height, width)))
-                height, width = -(-height // stride), -(-width // stride)
+    def attention_layers(self, height: int, width: int) -> list[AttentionLayer]:
+        """Returns the network's attention layers, in the order in which they run.
+
+        Args:
+            height: rows of the images, in pixels.
+            width: columns of the images, in pixels.
+        """
+        return blocks.attention_layers(self.stages, -(-height // STEM_STRIDE), -(-width // STEM_STRIDE))
+
+    @nn.nowrap
+    def attention_choices(self, batch: int, height: int, width: int) -> list[tuple[AttentionLayer, ops.Choice]]:
+        """Returns each attention layer with the implementation that `ops.choose` takes for it.
+
+        Args:
+            batch: number of images.
+            height: rows of the images, in pixels.
+            width: columns of the images, in pixels.
+        """
+
+        @functools.cache
+        def choose(height, width, **options):
+            return self.attention()(**options, parent=None).choose(batch, height, width)
+
+        found = []
+        for layer in self.attention_layers(height, width):
+            options = layer._asdict()
+            del options["stage"], options["block"]
+            found.append((layer, choose(**options)))
         return found
 
     @nn.compact
-    def __call__(self, images, train: bool):
-        norm, activation = self.norm(train), ACTIVATIONS[self.activation]
-        x = images.astype(self.dtype)
-        if self.stem == "conv":
-            x = _conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
-            x = norm(name="stem_norm", activation=activation)(x)
-            x = layers.max_pool(x)
-        else:
-            x = nn.Conv(
-                self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),
-                dtype=self.dtype, name="stem_conv",
-            )(x)  # fmt: skip
-            x = norm(name="stem_norm", activation=activation)(x)
+    def __call__(self, images, train: bool, use_running_average: bool | None = None):
+        """Computes the maps.
 
-        depth = sum(self.stage_sizes)
-        rates = np.linspace(0, self.stochastic_depth_rate, depth, dtype=np.float32)
-        rates = np.split(rates, np.cumsum(self.stage_sizes)[:-1])
+        Args:
+            images: `[B, H, W, C]`, normalised; C is 3 for colour images.
+            train: whether stochastic depth acts. It needs `rngs={"dropout": key}` then.
+            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`.
+                With False, the running statistics move, and `mutable=["batch_stats"]` is needed.
+
+        Returns:
+            One map for each stage: `[B, ceil(H / s), ceil(W / s), out_width]` in `dtype`. In the paper's models, s is
+            4, 8, 16, 32.
+
+        Raises:
+            ValueError: `images` has another number of axes, or an empty one.
+        """
+        if images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"images have shape {images.shape}; they must be [batch, height, width, channels] without an empty axis; one "
+                "image is images[None]"
+            )
+        norm = self.norm(not train if use_running_average is None else use_running_average)
+        activation = ACTIVATIONS[self.activation]
+        x = self._stem(images.astype(self.dtype), norm, activation)
+        depths = [len(stage) for stage in self.stages]
+        rates = np.linspace(0, self.stochastic_depth_rate, sum(depths), dtype=np.float32)
+        rates = np.split(rates, np.cumsum(depths)[:-1])
         maps = []
-        for stage in range(4):
-            x = self._stage(x, stage, rates[stage], norm, activation, drop=train and self.stochastic_depth_rate > 0)
+        for stage in range(1, len(depths) + 1):
+            x = self._stage(x, stage, rates[stage - 1], norm, activation, drop=train and self.stochastic_depth_rate > 0)
             maps.append(x)
         return tuple(maps)
 
+    def _stem(self, x, norm, activation):
+        if self.stem == "conv":
+            x = layers.conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
+            x = norm(name="stem_norm", activation=activation)(x)
+            return layers.max_pool(x)
+        x = nn.Conv(
+            self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),
+            dtype=self.dtype, name="stem_conv",
+        )(x)  # fmt: skip
+        return norm(name="stem_norm", activation=activation)(x)
+
     def _stage(self, x, stage, rates, norm, activation, drop):
-        width, kind = self.base_width * 2**stage, self.stage_kinds[stage]
+        runs = list(blocks.runs(stage, self.stages[stage - 1], self.scan))
+        # `prevent_cse` keeps XLA from merging recomputed values with earlier ones. Loops do so by themselves.
+        in_loop = any(run.stacked for run in runs)
         block = functools.partial(
-            nn.remat(Bottleneck, prevent_cse=not self.scan) if self.remat else Bottleneck,
-            kind=kind, width=width, out_width=int(width * self.expansion_ratio), activation=activation, norm=norm,
-            attention=self.attention(stage), se_ratio=self.se_ratio if kind in self.se_kinds else 0.0,
-            zero_init_residual=self.zero_init_residual, drop=drop, dtype=self.dtype,
+            nn.remat(Bottleneck, prevent_cse=not in_loop) if self.remat else Bottleneck,
+            activation=activation, norm=norm, attention=self.attention(), zero_init_residual=self.zero_init_residual,
+            drop=drop, dtype=self.dtype,
         )  # fmt: skip
-        x = block(stride=1 if stage == 0 else 2, name=f"stage{stage + 1}_block1")(x, rates[0])
-        if self.scan and len(rates) > 1:
+        for run in runs:
+            module, start = block(spec=run.specs[0], name=run.name), run.first - 1
+            if not run.stacked:
+                x = module(x, rates[start])
+                continue
             scan = nn.scan(
                 lambda block, x, rate: (block(x, rate), None),
                 variable_axes={"params": 0, "batch_stats": 0}, split_rngs={"params": True, "dropout": True},
             )  # fmt: skip
-            return scan(block(stride=1, name=f"stage{stage + 1}_blocks"), x, jnp.asarray(rates[1:]))[0]
-        for i, rate in enumerate(rates[1:], start=2):
-            x = block(stride=1, name=f"stage{stage + 1}_block{i}")(x, rate)
+            x, _ = scan(module, x, jnp.asarray(rates[start : start + len(run.specs)]))
         return x
 
 
 class HaloNet(nn.Module):
-    """Backbone and classifier. `[B, H, W, 3]` normalised images to float32 logits `[B, num_classes]`."""
+    """Backbone and classifier: from images to logits. `models.create` builds it.
+
+    Attributes:
+        backbone: stem and stages.
+        num_classes: width of the classifier.
+        final_width: channels of a 1x1 convolution with norm and activation before the classifier (d_f); 0: none.
+        dropout_rate: before the classifier.
+    """
 
     backbone: Backbone
     num_classes: int
@@ -172,67 +245,48 @@ class HaloNet(nn.Module):
 
     @nn.nowrap
     def describe(self, batch: int, height: int, width: int) -> str:
-        """One line on what attends, and why, on the devices of `ops.device`, for images of this size."""
+        """Returns one line on the implementations that attend, with reasons, on the devices of `ops.device`.
+
+        Args:
+            batch: number of images.
+            height: rows of the images, in pixels.
+            width: columns of the images, in pixels.
+        """
         choices, parts, texts = self.backbone.attention_choices(batch, height, width), {}, []
-        depth = sum(count for _, count, _ in choices)
-        for stage, count, choice in choices:
-            parts.setdefault(choice, []).append((stage, count))
-        for choice, blocks in parts.items():
-            stages = list(dict.fromkeys(str(stage) for stage, _ in blocks))
+        for layer, choice in choices:
+            parts.setdefault(choice, []).append(layer)
+        for choice, found in parts.items():
+            stages = list(dict.fromkeys(str(layer.stage) for layer in found))
             why = f" (stage{'s' * (len(stages) > 1)} {', '.join(stages)}: {choice.reason})" if choice.reason else ""
-            texts.append(f"{choice.implementation} for {sum(count for _, count in blocks)} of {depth} layers{why}")
+            texts.append(f"{choice.implementation} for {len(found)} of {len(choices)} layers{why}")
         return f"attention on {ops.device().device_kind}: {'; '.join(texts) or 'none'}"
 
-    def features(self, images, train: bool = False):
-        """The four maps of `Backbone`, at strides 4, 8, 16, 32."""
-        return self.backbone(images, train)
+    def features(self, images, train: bool = False, use_running_average: bool | None = None):
+        """Computes the maps of all stages; arguments, result and errors are those of `Backbone.__call__`."""
+        return self.backbone(images, train, use_running_average)
 
     @nn.compact
-    def __call__(self, images, train: bool):
+    def __call__(self, images, train: bool, use_running_average: bool | None = None):
+        """Computes the logits.
+
+        Args:
+            images: `[B, H, W, C]`, normalised; C is 3 for colour images.
+            train: whether dropout and stochastic depth act. They need `rngs={"dropout": key}` then.
+            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`.
+                With False, the running statistics move, and `mutable=["batch_stats"]` is needed.
+
+        Returns:
+            float32 `[B, num_classes]`.
+
+        Raises:
+            ValueError: `images` has another number of axes, or an empty one.
+        """
         backbone = self.backbone
-        x = self.features(images, train)[-1]
+        x = self.features(images, train, use_running_average)[-1]
         if self.final_width:
-            x = _conv(self.final_width, 1, dtype=backbone.dtype, name="final_conv")(x)
-            x = backbone.norm(train)(name="final_norm", activation=ACTIVATIONS[backbone.activation])(x)
+            norm = backbone.norm(not train if use_running_average is None else use_running_average)
+            x = layers.conv(self.final_width, 1, dtype=backbone.dtype, name="final_conv")(x)
+            x = norm(name="final_norm", activation=ACTIVATIONS[backbone.activation])(x)
         x = x.mean((1, 2), dtype=jnp.float32)
         x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
         return nn.Dense(self.num_classes, name="classifier")(x)
-
-
-def stack_blocks(variables):
-    """Converts variables of an unrolled model to those of the same model with `scan=True`; `unstack_blocks` is its inverse."""
-
-    def convert(backbone):
-        out, rest = {}, {}
-        for name, value in backbone.items():
-            stage, _, block = name.partition("_block")
-            (rest.setdefault(stage, {}) if stage.startswith("stage") and int(block) > 1 else out)[name] = value
-        for stage, blocks in rest.items():
-            ordered = [blocks[f"{stage}_block{i}"] for i in range(2, 2 + len(blocks))]
-            out[f"{stage}_blocks"] = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ordered)
-        return out
-
-    return _convert_backbone(variables, convert)
-
-
-def unstack_blocks(variables):
-    """Converts variables of a model with `scan=True` to those of the same model unrolled."""
-
-    def convert(backbone):
-        out = {}
-        for name, value in backbone.items():
-            if not name.endswith("_blocks"):
-                out[name] = value
-                continue
-            for i in range(len(jax.tree.leaves(value)[0])):
-                out[f"{name[:-1]}{i + 2}"] = jax.tree.map(lambda leaf, i=i: leaf[i], value)
-        return out
-
-    return _convert_backbone(variables, convert)
-
-
-def _convert_backbone(variables, convert):
-    return {
-        collection: {**tree, "backbone": convert(tree["backbone"])} if "backbone" in tree else tree
-        for collection, tree in variables.items()
-    }

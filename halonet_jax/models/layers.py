@@ -1,4 +1,4 @@
-"""Flax layers that HaloNet is made of: the attention layer, grouped batch norm, squeeze-and-excitation, stochastic depth."""
+"""Flax layers that HaloNet is made of: attention, grouped batch norm, squeeze-and-excitation, stochastic depth."""
 
 import functools
 import logging
@@ -11,21 +11,27 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from halonet_jax import ops
+from halonet_jax.models import checks
 
 
 class HaloAttention(nn.Module):
-    """Blocked local self-attention with haloing, ready for models of one's own (paper, section 2).
+    """Blocked local self-attention with haloing, ready for models of your own (paper, section 2).
 
-    `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), value_channels]`. Queries, keys and values are 1x1 projections
-    without bias; there is no output projection, since a 1x1 conv follows in the paper's blocks. Relative tables are shared by
-    all heads. `halonet_jax.ops.halo_attention` documents `window`, `padding` and the operator.
+    `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), value_channels]`. Queries, keys and values are 1x1
+    projections without bias. There is no output projection, since a 1x1 conv follows in the paper's blocks. All heads
+    share the relative tables. Parameters do not depend on `window`, `padding` and `implementation`.
 
     Attributes:
         channels: width of queries and keys, over all heads.
         num_heads: must divide `channels` (into even parts) and `value_channels`.
-        value_channels: width of values; None: as `channels`.
-        implementation: as of the operator; where "pallas" does not support a shape, "xla" is taken and the reason logged.
-            Parameters are the same for all.
+        block_size: side of a block of queries, in pixels of the input (b).
+        halo_size: border around a block that keys come from as well, in pixels of the input (h).
+        value_channels: width of values over all heads; None: `channels`.
+        stride: pixels of the input per query, per axis.
+        window: which keys a query sees, see `ops.halo_attention`: "neighborhood" or "centered".
+        padding: what keys outside of the map do, see `ops.halo_attention`: "mask" or "zero".
+        implementation: see `ops.halo_attention`. Where "pallas" does not support a shape, "xla" is taken and the reason
+            logged.
         dtype: of the computation; parameters are float32.
     """
 
@@ -42,12 +48,24 @@ class HaloAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        value_channels = self.value_channels or self.channels
-        if self.channels % (2 * self.num_heads) or value_channels % self.num_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} must divide value_channels={value_channels} and, into even parts, "
-                f"channels={self.channels}"
-            )
+        """Attends.
+
+        Args:
+            x: `[B, H, W, C]`.
+
+        Returns:
+            `[B, ceil(H / stride), ceil(W / stride), value_channels]` in `dtype`.
+
+        Raises:
+            ValueError: the heads do not divide the widths, or `ops.halo_attention` finds another fault.
+        """
+        value_channels = self.channels if self.value_channels is None else self.value_channels
+        for name, value, least in (
+            ("channels", self.channels, 1), ("value_channels", value_channels, 1), ("block_size", self.block_size, 1),
+            ("halo_size", self.halo_size, 0), ("stride", self.stride, 1),
+        ):  # fmt: skip
+            checks.whole(name, value, least)
+        checks.heads(self.num_heads, self.channels, value_channels)
 
         def project(x, channels, name):
             x = nn.Dense(channels, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name)(x)
@@ -72,11 +90,19 @@ class HaloAttention(nn.Module):
         choice = self.choose(*shape[:3])
         if choice.reason:
             _warn_once(choice.reason)
-        return choice.implementation
+        if self.implementation == "pallas":
+            return functools.partial(ops.attend, implementation="pallas", fall_back=True)
+        return self.implementation
 
     @nn.nowrap
     def choose(self, batch: int, height: int, width: int) -> ops.Choice:
-        """The implementation that attends a map of this size, and why it is not the fused kernels."""
+        """Returns the implementation that attends a map, with the reason where it is not the fused kernels.
+
+        Args:
+            batch: number of maps.
+            height: rows of the map, in pixels.
+            width: columns of the map, in pixels.
+        """
         split = lambda stride, channels: jax.ShapeDtypeStruct(
             (batch, -(-height // stride), -(-width // stride), self.num_heads, channels // self.num_heads), self.dtype
         )
@@ -95,13 +121,19 @@ def _warn_once(reason):
 class BatchNorm(nn.Module):
     """Batch norm over the last axis with statistics of fixed groups of examples, and an activation after it.
 
-    In training, the batch is cut into consecutive groups of `group_size` examples, each normalised by its own statistics;
-    the running statistics move by the mean over groups. A result then does not depend on how many devices there are, and
-    nothing is reduced across devices where groups lie within one. 0 is one group: the whole batch. For the backward pass, the
-    input and the statistics are kept, and nothing else.
+    In training, the batch is cut into consecutive groups of `group_size` examples, each normalised by its own
+    statistics; the running statistics move by the mean over groups. A result then does not depend on how many devices
+    there are, and nothing is reduced across devices where groups lie within one. For the backward pass, the input and
+    the statistics are kept, and nothing else.
 
-    Raises:
-        ValueError: in training, where `group_size` does not divide the batch.
+    Attributes:
+        use_running_average: normalise by the running statistics, which then stay as they are.
+        group_size: examples that share statistics; 0: the whole batch.
+        activation: function on arrays, applied to the result.
+        momentum: share of the old running statistics in the new ones.
+        epsilon: added to the variance.
+        dtype: of the result; statistics and parameters are float32.
+        scale_init: initializer of the scale.
     """
 
     use_running_average: bool
@@ -114,6 +146,17 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Normalises.
+
+        Args:
+            x: `[B, ..., C]`.
+
+        Returns:
+            An array like `x`, in `dtype`.
+
+        Raises:
+            ValueError: statistics are of the batch, and `group_size` does not divide it.
+        """
         channels = x.shape[-1:]
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, jnp.float32)
@@ -148,42 +191,80 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape)
 
 
-# On a CPU, products of matrices, whose kernel gradients take 36 to 56 % of the time of products with more axes; `rest` is ignored.
-
-
 def dot_general(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, **rest) -> jax.Array:
-    """`jax.lax.dot_general`, as Flax's dense layers call it: `[..., C], [C, D] -> [..., D]`."""
-    if ops.device().platform != "cpu":
-        return jax.lax.dot_general(x, kernel, dimension_numbers, **rest)
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+    """`jax.lax.dot_general`, as Flax's dense layers call it: `[..., C], [C, D] -> [..., D]`.
+
+    On a CPU, it is a product of matrices. The kernel's gradient then takes 36 to 56 % of the time.
+
+    Args:
+        x: `[..., C]`.
+        kernel: `[C, D]`.
+        dimension_numbers: that the last axis of `x` meets the first of `kernel`.
+        **rest: of `jax.lax.dot_general`; not used on a CPU.
+    """
+
+    def by_matrices(x, kernel):
+        return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    other = functools.partial(jax.lax.dot_general, dimension_numbers=dimension_numbers, **rest)
+    return ops.by_platform(x, kernel, cpu=by_matrices, default=other)
 
 
 def conv_general_dilated(x: jax.Array, kernel: jax.Array, strides: tuple, padding: Any, **rest) -> jax.Array:
-    """`jax.lax.conv_general_dilated`, as Flax's 2-D convolutions call it; 1x1 kernels must have no padding, groups or dilation."""
-    if ops.device().platform != "cpu" or kernel.shape[:2] != (1, 1):
-        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **rest)
-    return dot_general(x[:, :: strides[0], :: strides[1]], kernel[0, 0], None)
+    """`jax.lax.conv_general_dilated`, as Flax's 2-D convolutions call it; on a CPU, 1x1 convolutions are products of matrices.
+
+    Args:
+        x: `[B, H, W, C]`.
+        kernel: `[height, width, C, D]`; where height and width are 1, without padding, groups or dilation.
+        strides: pixels of `x` per pixel of the result, by axis.
+        padding: of `jax.lax.conv_general_dilated`.
+        **rest: of `jax.lax.conv_general_dilated`.
+    """
+    other = functools.partial(jax.lax.conv_general_dilated, window_strides=strides, padding=padding, **rest)
+    if kernel.shape[:2] != (1, 1):
+        return other(x, kernel)
+
+    def by_matrices(x, kernel):
+        x = x[:, :: strides[0], :: strides[1]]
+        return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return ops.by_platform(x, kernel, cpu=by_matrices, default=other)
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """Maximum of 3x3 pixels around every second one per axis. `[B, H, W, C] -> [B, ceil(H / 2), ceil(W / 2), C]`.
+    """Returns the maximum of 3x3 pixels around every second one per axis.
 
-    On a CPU from slices, a fifth of the time of `reduce_window` with its gradient, which equal maxima share there; on TPU that
-    moves more bytes.
+    On a CPU it comes from slices: with its gradient, that takes a fifth of the time of `reduce_window`. Equal maxima then
+    share the gradient. On TPU slices would move more bytes.
+
+    Args:
+        x: `[B, H, W, C]`.
+
+    Returns:
+        `[B, ceil(H / 2), ceil(W / 2), C]`.
     """
-    if ops.device().platform != "cpu":
-        return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-    for axis in (1, 2):
-        size = x.shape[axis]
-        pad = [(1, 1) if a == axis else (0, 0) for a in range(4)]
-        padded = jnp.pad(x, pad, constant_values=-jnp.inf)
-        neighbors = (jax.lax.slice_in_dim(padded, start, start + size, 2, axis) for start in range(3))
-        x = functools.reduce(jnp.maximum, neighbors)
-    return x
+
+    def by_slices(x):
+        for axis in (1, 2):
+            size = x.shape[axis]
+            pad = [(1, 1) if a == axis else (0, 0) for a in range(4)]
+            padded = jnp.pad(x, pad, constant_values=-jnp.inf)
+            neighbors = (jax.lax.slice_in_dim(padded, start, start + size, 2, axis) for start in range(3))
+            x = functools.reduce(jnp.maximum, neighbors)
+        return x
+
+    pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return ops.by_platform(x, cpu=by_slices, default=pool)
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gates from the map's mean (arXiv 1709.01507). `[B, H, W, C] -> [B, H, W, C]`."""
+    """Channel gates from the map's mean (arXiv 1709.01507).
+
+    Attributes:
+        ratio: inner width over the width of the map; the inner width is at least 1.
+        activation: function on arrays, between the two layers.
+        dtype: of the computation; parameters are float32.
+    """
 
     ratio: float
     activation: Callable
@@ -191,6 +272,14 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x):
+        """Multiplies each channel by its gate.
+
+        Args:
+            x: `[B, H, W, C]`.
+
+        Returns:
+            `[B, H, W, C]`.
+        """
         gate = x.mean((1, 2), keepdims=True)
         gate = nn.Dense(max(1, round(x.shape[-1] * self.ratio)), dtype=self.dtype, name="squeeze")(gate)
         gate = nn.Dense(x.shape[-1], dtype=self.dtype, name="excite")(self.activation(gate))
@@ -198,7 +287,33 @@ class SqueezeExcite(nn.Module):
 
 
 def stochastic_depth(x: jax.Array, rate: jax.Array | float, rng: jax.Array) -> jax.Array:
-    """Zeroes whole examples of `[B, ...]` with probability `rate`, scaling the rest to keep the mean (arXiv 1603.09382)."""
+    """Zeroes whole examples at random and scales the others, so that the mean stays (arXiv 1603.09382).
+
+    Args:
+        x: `[B, ...]`.
+        rate: probability of an example to be zeroed, at least 0 and less than 1.
+        rng: a random key.
+
+    Returns:
+        An array like `x`.
+    """
     keep = jnp.asarray(1 - rate, jnp.float32)
     mask = jax.random.bernoulli(rng, keep, (x.shape[0],) + (1,) * (x.ndim - 1))
     return x * (mask / keep).astype(x.dtype)
+
+
+def conv(features: int, kernel_size: int, stride: int = 1, **rest) -> nn.Conv:
+    """Returns a 2-D convolution without bias, `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), features]`.
+
+    It pads symmetrically: a strided output (i, j) is centred on pixel (stride * i, stride * j), as strided queries are.
+
+    Args:
+        features: channels of the result.
+        kernel_size: side of the kernel, an odd number of pixels.
+        stride: pixels of the input per pixel of the result, per axis.
+        **rest: further attributes of `nn.Conv`.
+    """
+    return nn.Conv(
+        features, (kernel_size, kernel_size), (stride, stride), padding=kernel_size // 2, use_bias=False,
+        kernel_init=nn.initializers.he_normal(), conv_general_dilated=conv_general_dilated, **rest,
+    )  # fmt: skip

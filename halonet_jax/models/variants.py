@@ -1,6 +1,10 @@
-"""Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules that a variant obeys."""
+"""Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules for variants."""
 
-import difflib
+import dataclasses
+import math
+
+from halonet_jax.models import checks
+from halonet_jax.models.blocks import KINDS, BlockSpec, Stages
 
 # What a variant may set, with the values of HaloNet-H1 without its third stage's depth.
 DEFAULTS = dict(
@@ -51,8 +55,8 @@ VARIANTS = {
     "h5": _halonet(14, 2, 2.5, 2.0, 23, 1536),
     "h6": _halonet(8, 4, 3.0, 2.75, 24, 1536),
     "h7": _H7,
-    # Hybrids of table 3: 3x3 convs (c to c) with squeeze-and-excitation in the named stages. The ratio is the paper's for
-    # detection; for these it states none.
+    # Hybrids of table 3: 3x3 convs (c to c) with squeeze-and-excitation in the named stages. The ratio is the paper's
+    # for detection; for these it states none.
     "h7_conv1": _with_convs(_H7, 1, se_ratio=1 / 8, se_kinds=("conv",)),
     "h7_conv12": _with_convs(_H7, 2, se_ratio=1 / 8, se_kinds=("conv",)),
     "h7_conv123": _with_convs(_H7, 3, se_ratio=1 / 8, se_kinds=("conv",)),
@@ -65,60 +69,98 @@ VARIANTS = {
 }
 
 
+# What describes the stages; the others of `DEFAULTS` describe stem, activation and the last convolution.
+STAGE_OPTIONS = (
+    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio",
+    "se_ratio", "se_kinds",
+)  # fmt: skip
+
+
 def resolve(name: str, **overrides) -> dict:
-    """Returns the named variant with `overrides`, checked.
+    """Returns the named variant, checked: a value for each key of `DEFAULTS`.
+
+    Args:
+        name: a key of `VARIANTS`.
+        **overrides: values to take in place of the variant's, by keys of `DEFAULTS`.
 
     Raises:
-        ValueError: for an unknown name or key, or for widths that the heads do not divide.
+        ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide
+            the widths, or squeeze-and-excitation is on and would be in no block.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"model {name!r} is unknown; {_nearest(name, VARIANTS)}")
+    if not isinstance(name, str) or name not in VARIANTS:
+        raise ValueError(f"model {name!r} is unknown; {checks.nearest(name, VARIANTS)}")
     unknown = sorted(set(overrides) - set(DEFAULTS))
     if unknown:
-        raise ValueError(f"model option {unknown[0]!r} is unknown; {_nearest(unknown[0], DEFAULTS)}")
+        raise ValueError(f"model option {unknown[0]!r} is unknown; {checks.nearest(unknown[0], DEFAULTS)}")
     variant = dict(VARIANTS[name], **overrides)
     _check(variant)
+    stages(variant)
     return variant
 
 
+def stages(variant: dict) -> Stages:
+    """Returns the blocks of a variant.
+
+    Args:
+        variant: a result of `resolve`.
+
+    Returns:
+        A tuple for each stage, with the specification of each of its blocks.
+
+    Raises:
+        ValueError: the heads of a stage do not divide its widths, or its values have no whole number of channels.
+    """
+    v, found = variant, []
+    for stage, (depth, kind, num_heads) in enumerate(zip(v["stage_sizes"], v["stage_kinds"], v["num_heads"])):
+        width = v["base_width"] * 2**stage
+        values = round(width * v["value_ratio"], 6)  # 80 * 1.1 is 88 but for rounding
+        options = {}
+        try:
+            if kind == "attention":
+                if values != int(values) or values < 1:
+                    raise ValueError(
+                        f"value_ratio={v['value_ratio']!r} gives {values:g} channels of values; it must give a whole number "
+                        f"that {num_heads} heads divide; for example value_ratio=1.0"
+                    )
+                options = dict(
+                    num_heads=num_heads, block_size=v["block_size"], halo_size=v["halo_size"], value_width=int(values)
+                )  # fmt: skip
+            block = BlockSpec(
+                kind, width, int(width * v["expansion_ratio"]), stride=1 if stage == 0 else 2,
+                se_ratio=v["se_ratio"] if kind in v["se_kinds"] else 0.0, **options,
+            )  # fmt: skip
+        except ValueError as error:
+            about = f"base_width={v['base_width']}, value_ratio={v['value_ratio']}"
+            raise ValueError(f"stage {stage + 1} is {width} wide ({about}): {error}") from None
+        found.append((block, *(dataclasses.replace(block, stride=1),) * (depth - 1)))
+    return tuple(found)
+
+
 def _check(variant):
-    for key, known in (
-        ("stem", ("conv", "patch")), ("activation", ("silu", "relu")),
-    ):  # fmt: skip
-        if variant[key] not in known:
-            raise ValueError(f"{key}={variant[key]!r} is unknown; use one of {', '.join(known)}")
+    v = variant
+    checks.choice("stem", v["stem"], ("conv", "patch"))
+    checks.choice("activation", v["activation"], ("silu", "relu"))
     for key in ("stage_sizes", "stage_kinds", "num_heads"):
-        if len(variant[key]) != 4:
-            raise ValueError(f"{key}={variant[key]!r} must have four entries, one for each stage")
-    if min(variant["stage_sizes"]) < 1:
-        raise ValueError(f"stage_sizes={variant['stage_sizes']!r} must all be at least 1")
+        checks.entries(key, v[key], 4, 4, DEFAULTS[key])
+    checks.entries("se_kinds", v["se_kinds"], 0, 2, DEFAULTS["se_kinds"])
+    for key in ("stage_sizes", "num_heads"):
+        for stage, value in enumerate(v[key]):
+            checks.whole(f"{key}[{stage}]", value, 1)
+    for key in ("stage_kinds", "se_kinds"):
+        for position, kind in enumerate(v[key]):
+            checks.choice(f"{key}[{position}]", kind, KINDS)
     for key, least in (("block_size", 1), ("halo_size", 0), ("base_width", 1), ("stem_width", 1), ("final_width", 0)):
-        if variant[key] < least:
-            raise ValueError(f"{key}={variant[key]!r} must be at least {least}")
+        checks.whole(key, v[key], least, DEFAULTS[key])
     for key in ("value_ratio", "expansion_ratio"):
-        if not variant[key] > 0:
-            raise ValueError(f"{key}={variant[key]!r} must be more than 0")
-    if not 0 <= variant["se_ratio"] <= 1:
-        raise ValueError(f"se_ratio={variant['se_ratio']!r} must be between 0 and 1")
-    for stage, (kind, heads) in enumerate(zip(variant["stage_kinds"], variant["num_heads"])):
-        if kind not in ("attention", "conv"):
-            raise ValueError(f"stage_kinds[{stage}]={kind!r} is unknown; use attention or conv")
-        width = variant["base_width"] * 2**stage
-        values = width * variant["value_ratio"]
-        if kind != "attention":
-            continue
-        if width % (2 * heads):
-            raise ValueError(
-                f"stage {stage + 1} is {width} wide (base_width={variant['base_width']}), and its {heads} heads need an even "
-                f"number of channels each; use a width that is a multiple of {2 * heads}, or other num_heads"
-            )
-        if values % heads:
-            raise ValueError(
-                f"stage {stage + 1} has values {values:g} wide (value_ratio={variant['value_ratio']}), which its {heads} heads do "
-                "not divide; use another value_ratio"
-            )
-
-
-def _nearest(value, known):
-    close = difflib.get_close_matches(value, known, n=3)
-    return f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(known)}"
+        checks.real(key, v[key], 0.001, 1000, example=DEFAULTS[key])
+    if v["base_width"] * v["expansion_ratio"] < 1:
+        raise ValueError(
+            f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use "
+            f"{math.ceil(1000 / v['base_width']) / 1000} or more"
+        )
+    checks.real("se_ratio", v["se_ratio"], 0, 1)
+    if v["se_ratio"] and not set(v["se_kinds"]) & set(v["stage_kinds"]):
+        raise ValueError(
+            f"se_ratio={v['se_ratio']!r} acts in no block: se_kinds={v['se_kinds']!r} has none of the kinds in "
+            f"stage_kinds={v['stage_kinds']!r}; add one of them to se_kinds, or set se_ratio=0"
+        )

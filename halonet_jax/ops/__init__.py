@@ -9,7 +9,7 @@ Axis legend, the same everywhere in this package (lower case in einsums):
 """
 
 from halonet_jax.ops.halo_attention import halo_attention
-from halonet_jax.ops.per_device import device
-from halonet_jax.ops.selection import Choice, choose
+from halonet_jax.ops.platforms import by_platform, device
+from halonet_jax.ops.selection import Choice, attend, choose
 
-__all__ = ["Choice", "choose", "device", "halo_attention"]
+__all__ = ["Choice", "attend", "by_platform", "choose", "device", "halo_attention"]

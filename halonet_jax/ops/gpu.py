@@ -1,8 +1,9 @@
-"""Halo attention fused for GPU: what surrounds the kernels of `gpu_kernels`.
+"""Halo attention fused for GPU: the calls around the kernels of `gpu_kernels`.
 
-Queries, keys and values stay as they lie. Gradients of the relative tables are sums over all queries: the kernels write the
-gradient of each query's product with each entry, `2 (2b + 2h - 1)` numbers, and two matrix products by XLA do the rest. For the
-backward pass the operator's inputs and output and the log-sum-exp of each query are kept; all else is computed again.
+Queries, keys and values keep their layout. Gradients of the relative tables are sums over all queries. The kernels
+write the gradient of each query's product with each row of the tables, `2 (2b + 2h - 1)` numbers, and two matrix
+products by XLA do the rest. The backward pass keeps the operator's inputs and output and the log-sum-exp of each query,
+and computes the rest again.
 """
 
 import functools
@@ -12,19 +13,29 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from halonet_jax.ops import gpu_kernels as kernels
-from halonet_jax.ops.gpu_kernels import Axis, Plan, Tiles
-from halonet_jax.ops.per_device import per_device
+from halonet_jax.ops.geometry import make_axes
+from halonet_jax.ops.gpu_kernels import Plan, Tiles
+from halonet_jax.ops.platforms import per_device
 
 MAX_CHANNELS = 256  # of queries or values: what a program can hold
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
-    """See `halo_attention` for the contract. Off NVIDIA's GPUs, the kernels are interpreted: right, and slow.
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
+    """Attends by kernels. On platforms other than CUDA they are interpreted: correct, but slow.
 
-    Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than bfloat16.
+    Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than
+    bfloat16.
+
+    Args:
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+            `reference.attend`.
+        interpret: False: the result is zeros on platforms other than CUDA, for callers that do not use it there.
+
+    Returns:
+        As `reference.attend`.
 
     Raises:
-        ValueError: for what `unsupported` gives a reason against.
+        ValueError: `unsupported` gives a reason.
     """
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = unsupported(q, k, v, **options)
@@ -34,15 +45,16 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     beside = plan.channels - rel_rows.shape[1]  # channels that the other table has
     tables = jnp.concatenate([jnp.pad(rel_rows, ((0, 0), (0, beside))), jnp.pad(rel_cols, ((0, 0), (beside, 0)))])  # [2T, D]
     q, k, v, tables = (x.astype(plan.dtype) for x in (q, k, v, tables))
-    out = _attend(plan, *(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v)), tables)
+    out = _attend(plan, interpret, *(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in (q, k, v)), tables)
     return out.reshape(*q.shape[:4], -1).astype(v.dtype)
 
 
 def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
-    """Why the kernels cannot attend like this, or None where they can.
+    """Returns why the kernels cannot attend like this, or None if they can.
 
     Args:
-        q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
     """
     if kernels.plgpu is None:
         return f"JAX {jax.__version__} has no Triton in Pallas"
@@ -51,40 +63,38 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
             return f"{name} is {x.dtype}, not float32 or bfloat16"
         if x.shape[-1] > MAX_CHANNELS:
             return f"{name} has {x.shape[-1]} channels per head, more than {MAX_CHANNELS}"
-    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in k.shape[1:3])
+    rows, cols = make_axes(k.shape, block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     if rows.keys + cols.keys > 256:
         return f"windows of {rows.keys} x {cols.keys} keys have more than 256 rows and columns"
     return None
 
 
-def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:
-    """Chooses how the work is cut."""
-    height, width, heads, channels = k.shape[1:]
-    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in (height, width))
+def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
+    """Chooses how the work is cut.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        logits_scale, **options: as of `reference.attend`.
+    """
+    heads, channels = k.shape[3:]
+    rows, cols = make_axes(k.shape, **options)
     dtype = jnp.result_type(q.dtype, k.dtype, v.dtype)
     forward, dq, dkv, patch = _tiles(rows, cols, channels, v.shape[-1], dtype.itemsize)
     return Plan(
-        rows=rows, cols=cols, stride=stride, heads=heads, channels=channels, values=v.shape[-1],
-        offsets=2 * block_size + 2 * halo_size - 1, center=block_size - 1 + halo_size, reach=halo_size if centered else None,
-        masked=masked, scale=float(logits_scale), dtype=dtype.name, forward=forward, dq=dq, dkv=dkv, patch=patch,
+        rows=rows, cols=cols, heads=heads, channels=channels, values=v.shape[-1], offsets=2 * rows.center + 1,
+        scale=float(logits_scale), dtype=dtype.name, forward=forward, dq=dq, dkv=dkv, patch=patch,
     )  # fmt: skip
-
-
-def _axis(size, block, halo, stride, masked):
-    outputs = pl.cdiv(size, stride)
-    if masked and block >= size:  # Blocks that exceed the map shrink to it, since masked keys change nothing.
-        block, halo = outputs * stride, 0
-    return Axis(size, pl.cdiv(size, block), block, halo, pl.cdiv(block, stride), outputs)
 
 
 # Speed only. Products and tiles want at least 16 on each side, and powers of two.
 
 
 def _tiles(rows, cols, channels, values, itemsize):
-    """`Tiles` of the three kernels, and the patch of keys. Small tiles fit blocks better; large ones keep tensor cores busy.
+    """Returns `Tiles` of the three kernels, and the patch of keys.
 
-    Chosen by what Triton's compiler makes of them for A100, L4 and H100: next to no registers spilled in bfloat16, and no more
-    shared memory than there is (`scripts/gpu/check_gpu_kernels.py`). Not tuned on a GPU.
+    Small tiles fit blocks better; large ones keep tensor cores busy. They are chosen by what Triton's compiler makes of
+    them for A100, L4 and H100: next to no registers spilled in bfloat16, and no more shared memory than the GPU has
+    (`scripts/gpu/check_gpu_kernels.py`). They are not tuned on a GPU.
     """
     width = pl.next_power_of_2(channels) + pl.next_power_of_2(values)
     narrow = width * itemsize <= 320
@@ -95,7 +105,8 @@ def _tiles(rows, cols, channels, values, itemsize):
     patch = _patch(rows, cols, largest=keys)
     patch_keys = patch[0] * patch[1]
 
-    def warps(tile, other):  # so that a thread has up to 64 numbers of logits and sums; float32 products have no tensor cores
+    # A thread then has up to 64 numbers of logits and sums. float32 products use no tensor cores.
+    def warps(tile, other):
         return min(8, pl.next_power_of_2(pl.cdiv(tile * (other + width) * itemsize, 32 * 64 * 2)))
 
     return (
@@ -107,7 +118,7 @@ def _tiles(rows, cols, channels, values, itemsize):
 
 
 def _patch(rows, cols, largest):
-    """Rows and columns of keys whose windows' queries are met with the least waste."""
+    """Returns the rows and columns of a patch of keys that meet the queries of their windows with the least waste."""
 
     def blocks_seeing(axis, patch):  # on average, far from the border
         starts = range(axis.block - axis.halo, axis.block - axis.halo + patch * axis.block, patch)
@@ -124,20 +135,21 @@ def _patch(rows, cols, largest):
 # The operator on `[B, pixels, N, D]`, and its gradient.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, tables):
-    return _attend_forward(plan, q, k, v, tables)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, interpret, q, k, v, tables):
+    return _attend_forward(plan, interpret, q, k, v, tables)[0]
 
 
-def _attend_forward(plan, q, k, v, tables):
-    out, lse = per_device(functools.partial(_run_forward, plan), (q, k, v, tables), 2, "cuda", whole=(3,))
+def _attend_forward(plan, interpret, q, k, v, tables):
+    run, shapes = (functools.partial(f, plan) for f in (_run_forward, _forward_shapes))
+    out, lse = per_device(run, (q, k, v, tables), shapes, "cuda", whole=(3,), interpret=interpret)
     return out, (q, k, v, tables, out, lse)
 
 
-def _attend_backward(plan, kept, dout):
+def _attend_backward(plan, interpret, kept, dout):
     q, k, v, tables, out, lse = kept
-    run = functools.partial(_run_backward, plan)
-    dq, dk, dv, dposition = per_device(run, (q, k, v, tables, lse, out, dout), 4, "cuda", whole=(3,))
+    run, shapes = (functools.partial(f, plan) for f in (_run_backward, _backward_shapes))
+    dq, dk, dv, dposition = per_device(run, (q, k, v, tables, lse, out, dout), shapes, "cuda", whole=(3,), interpret=interpret)
     precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
     dq = (dq + product("bpnt,td->bpnd", dposition, tables)).astype(q.dtype)
@@ -147,28 +159,35 @@ def _attend_backward(plan, kept, dout):
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
-def _run_forward(plan, interpret, q, k, v, tables):
+def _forward_shapes(plan, q, k, v, tables):
     batch, pixels, heads, _ = q.shape
-    results = jax.ShapeDtypeStruct((batch, pixels, heads, plan.values), q.dtype), _floats(batch, heads, pixels)
-    arrays = q, k, v, kernels.codes(plan), tables
+    return jax.ShapeDtypeStruct((batch, pixels, heads, plan.values), q.dtype), _floats(batch, heads, pixels)
+
+
+def _backward_shapes(plan, q, k, v, tables, *_):
+    dposition = (*q.shape[:3], tables.shape[0])
+    return tuple(jax.ShapeDtypeStruct(shape, q.dtype) for shape in (q.shape, k.shape, v.shape, dposition))
+
+
+def _run_forward(plan, interpret, q, k, v, tables):
+    arrays, results = (q, k, v, kernels.codes(plan), tables), _forward_shapes(plan, q, k, v, tables)
     return _call(plan, kernels.forward_kernel, plan.forward, _query_programs(plan, plan.forward), interpret, arrays, results)
 
 
 def _run_backward(plan, interpret, q, k, v, tables, lse, out, dout):
     codes, programs = kernels.codes(plan), _query_programs(plan, plan.dq)
-    like = lambda *arrays: tuple(jax.ShapeDtypeStruct(x.shape, q.dtype) for x in arrays)
-    dposition = jax.ShapeDtypeStruct((*q.shape[:3], tables.shape[0]), q.dtype)
+    dq, dk, dv, dposition = _backward_shapes(plan, q, k, v, tables)
     batch, _, heads, _ = q.shape
     queries = programs * plan.dq.queries
     statistics = (_floats(batch, heads, queries),) * 2
     parts = (jax.ShapeDtypeStruct((batch, queries, heads, plan.codes), q.dtype),) * plan.parts
     dq, dposition, *of_blocks = _call(
         plan, kernels.dq_kernel, plan.dq, programs, interpret, (q, k, v, codes, tables, lse, out, dout),
-        (*like(q), dposition, *statistics, *parts),
+        (dq, dposition, *statistics, *parts),
     )  # fmt: skip
     dk, dv = _call(
         plan, kernels.dkv_kernel, plan.dkv, plan.patches[0] * plan.patches[1], interpret, (q, k, v, codes, dout, *of_blocks),
-        like(k, v),
+        (dk, dv),
     )  # fmt: skip
     return dq, dk, dv, dposition
 
@@ -195,7 +214,7 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
 
 
 def _spec(x):
-    """One image's and head's pixels of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes and tables."""
+    """The pixels of one image and head of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes and tables."""
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda head, program, image: (0, 0))
     if x.ndim == 3:

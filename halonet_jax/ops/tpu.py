@@ -1,8 +1,8 @@
-"""Halo attention fused for TPU: what surrounds the kernels of `tpu_kernels`.
+"""Halo attention fused for TPU: the layouts and calls around the kernels of `tpu_kernels`.
 
-XLA lays queries, keys and values out by columns of blocks (where blocks fill sublanes, as 8 and 16 do, and divide the map, that
-is a change of view) and the relative tables by lanes; the kernels do the rest. For the backward pass only what
-goes into the kernel is kept, and the log-sum-exp of each query.
+XLA lays out queries, keys and values by columns of blocks, and the relative tables by lanes. If blocks fill sublanes,
+as 8 and 16 do, and divide the map, the layout of pixels is a change of view. The kernels do the rest. The backward pass
+keeps the inputs of the kernel and the log-sum-exp of each query.
 """
 
 import functools
@@ -16,39 +16,54 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from halonet_jax.ops import tpu_kernels as kernels
-from halonet_jax.ops.per_device import device, per_device
-from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Axis, Plan
+from halonet_jax.ops.geometry import make_axes
+from halonet_jax.ops.platforms import device, per_device
+from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Plan
 
-VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
+# On-chip memory that kernels may take where no TPU is known, neither the mesh's nor this machine's: what the smallest
+# of v5e, v5p and v6e has.
+VMEM_BYTES = 64 * 2**20
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
-    """See `halo_attention` for the contract. Off TPU, the kernels are interpreted: right, and slow.
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
+    """Attends by kernels. On platforms other than TPU they are interpreted: correct, but slow.
+
+    Args:
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+            `reference.attend`.
+        interpret: False: the result is zeros on platforms other than TPU, for callers that do not use it there.
+
+    Returns:
+        As `reference.attend`.
 
     Raises:
-        ValueError: for what `unsupported` gives a reason against.
+        ValueError: `unsupported` gives a reason.
     """
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
-    if device().platform != "tpu":
+    if interpret and device().platform != "tpu":
         warnings.warn('implementation="pallas" is interpreted on this device, which is slow; use "auto"', stacklevel=3)
     plan = make_plan(q, k, v, **options, logits_scale=logits_scale)
     tables = jnp.stack([
-        _lay_table(plan, rel_rows, plan.rows, block_size, halo_size, 0),
-        _lay_table(plan, rel_cols, plan.cols, block_size, halo_size, plan.channels - rel_cols.shape[1]),
+        _lay_table(plan, rel_rows, plan.rows, 0),
+        _lay_table(plan, rel_cols, plan.cols, plan.channels - rel_cols.shape[1]),
     ])  # fmt: skip
     inputs = _lay_queries(plan, q), _lay_pixels(plan, k), _lay_pixels(plan, _group_values(plan, v)), tables
-    out = _attend(plan, *(x.astype(plan.dtype) for x in inputs))
+    out = _attend(plan, interpret, *(x.astype(plan.dtype) for x in inputs))
     return _unlay_out(plan, out, q.shape).astype(v.dtype)
 
 
 def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
-    """Why the kernels cannot attend like this on the TPU that the program is traced for, or None where they can.
+    """Returns why the kernels cannot attend like this, or None if they can.
 
-    q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`. That TPU is the mesh's, which need
-    not be at hand (see `per_device.device`).
+    The TPU is the one of the mesh that is set, which this machine need not have. Without a mesh it is this machine's
+    TPU. On a machine without TPU it may be any from v5e on; set a mesh to export for an older one.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
     """
     chip = pltpu.get_tpu_info() if pltpu.is_tpu_device() else None  # none for interpreted kernels
     if chip and chip.generation < 4:
@@ -59,14 +74,13 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
             return f"{name} is {x.dtype}, not float32 or bfloat16"
     if block_size % stride:
         stride = 1
-    axis = _axis(k.shape[2], block_size, halo_size, stride, masked)
-    if axis.halo > axis.block:
+    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    _, cols = make_axes(k.shape, **options)
+    if cols.halo > cols.block:
         return f"halo_size={halo_size} is more than block_size={block_size}, so that windows reach beyond the next block"
     if heads * channels > LANES and LANES % channels:
         return f"{channels} channels per head neither divide {LANES} nor fit in there with all {heads} heads"
-    plan = make_plan(
-        q, k, v, block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked, logits_scale=1.0
-    )
+    plan = make_plan(q, k, v, **options, logits_scale=1.0)
     if plan.heads * plan.channels > LANES and plan.key_lanes != LANES:
         return f"{heads} heads of {channels} channels do not fill whole registers of {LANES} lanes"
     needed, there = vmem_estimate(plan, backward=True), chip.vmem_capacity_bytes if chip else VMEM_BYTES
@@ -75,10 +89,15 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
     return None
 
 
-def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logits_scale) -> Plan:
-    """Chooses how heads are grouped and blocks laid out."""
-    height, width, heads, channels = k.shape[1:]
-    rows, cols = (_axis(size, block_size, halo_size, stride, masked) for size in (height, width))
+def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
+    """Chooses how heads are grouped and blocks laid out.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        logits_scale, **options: as of `reference.attend`.
+    """
+    heads, channels = k.shape[3:]
+    rows, cols = make_axes(k.shape, **options)
     values = v.shape[-1]
     chunk = max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * channels <= LANES))
     group = max(n for n in range(1, chunk + 1) if chunk % n == 0 and (n == 1 or n * values <= LANES))
@@ -93,15 +112,8 @@ def make_plan(q, k, v, *, block_size, halo_size, stride, centered, masked, logit
         rows=rows, cols=cols, heads=heads, channels=channels, values=values, chunk=chunk, group=group, value_lanes=value_lanes,
         key_cols=_round_up(cols.keys, SUBLANES), query_rows=query_rows, query_cols=query_cols,
         offsets=_round_up(max(axis.block - 1 + axis.keys for axis in (rows, cols)) + SUBLANES - 1, SUBLANES),
-        reach=halo_size if centered else None, masked=masked, scale=float(logits_scale),
-        dtype=jnp.result_type(q.dtype, k.dtype, v.dtype).name,
+        scale=float(logits_scale), dtype=jnp.result_type(q.dtype, k.dtype, v.dtype).name,
     )  # fmt: skip
-
-
-def _axis(size, block, halo, stride, masked):
-    if masked and block >= size:  # Blocks that exceed the map shrink to it, since masked keys change nothing.
-        block, halo = _round_up(size, stride), 0
-    return Axis(size, -(-size // block), block, halo, -(-block // stride))
 
 
 def _round_up(value, multiple):
@@ -127,8 +139,7 @@ def _lay_queries(plan, q):
     """`[B, H, W, N, D] -> [B, I * query_rows, J, query_cols, N * D]`, H and W at the output's resolution."""
     rows, cols = plan.rows, plan.cols
     q = q.reshape(*q.shape[:3], -1)
-    pad = [(0, axis.blocks * axis.queries - size) for axis, size in ((rows, q.shape[1]), (cols, q.shape[2]))]
-    q = jnp.pad(q, ((0, 0), *pad, (0, 0)))
+    q = jnp.pad(q, ((0, 0), rows.query_padding, cols.query_padding, (0, 0)))
     if plan.query_rows > 1:
         return q.reshape(*q.shape[:2], cols.blocks, cols.queries, -1)
     q = q.reshape(-1, rows.blocks, rows.queries, cols.blocks, cols.queries, q.shape[-1]).transpose(0, 1, 3, 2, 4, 5)
@@ -148,22 +159,22 @@ def _unlay_out(plan, out, q_shape):
     return out.reshape(batch, height, width, plan.heads, plan.values)
 
 
-def _lay_table(plan, table, axis, block_size, halo_size, lane):
-    """`[2b + 2h - 1, D / 2 or D] -> [offsets, key_lanes]`: for each head of a chunk, in lanes from its `lane`-th on.
+def _lay_table(plan, table, axis, lane):
+    """`[2b + 2h - 1, D / 2 or D] -> [offsets, key_lanes]`: a copy for each head of a chunk, from the head's `lane` on.
 
-    The first row is that of a block's last pixel and its window's first key.
+    The first row is for a block's last pixel and its window's first key.
     """
-    first = (block_size - 1 + halo_size) - axis.halo - (axis.block - 1)
+    first = axis.center - axis.halo - (axis.block - 1)
     table = table[first : first + axis.block - 1 + axis.keys]
     table = jnp.pad(table, ((0, plan.offsets - table.shape[0]), (lane, plan.channels - lane - table.shape[1])))
     return jnp.tile(table, (1, plan.chunk))
 
 
 def _shifts(plan):
-    """`[2, M]` int32: by how much each stacked query's row and column lie before its block's last."""
+    """`[2, M]` int32: how far each stacked query's row and column are before the last of its block."""
     pixel = np.minimum(np.arange(plan.block_queries), plan.rows.queries * plan.cols.queries - 1)
     indices = np.divmod(pixel, plan.cols.queries)
-    shifts = [axis.block - 1 - index * -(-axis.block // axis.queries) for axis, index in zip((plan.rows, plan.cols), indices)]
+    shifts = [axis.block - 1 - index * axis.stride for axis, index in zip((plan.rows, plan.cols), indices)]
     return jnp.asarray(np.tile(np.stack(shifts), (1, plan.group)), jnp.int32)
 
 
@@ -176,39 +187,48 @@ def _codes(plan):
 # The operator on laid-out arrays, and its gradient.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q, k, v, tables):
-    return _attend_forward(plan, q, k, v, tables)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(plan, interpret, q, k, v, tables):
+    return _attend_forward(plan, interpret, q, k, v, tables)[0]
 
 
-def _attend_forward(plan, q, k, v, tables):
-    arrays = q, k, v, tables, _shifts(plan)
-    out, lse = per_device(functools.partial(_run_forward, plan), arrays, 2, "tpu", whole=(3, 4))
+def _attend_forward(plan, interpret, q, k, v, tables):
+    run, shapes = (functools.partial(f, plan) for f in (_run_forward, _forward_shapes))
+    out, lse = per_device(run, (q, k, v, tables, _shifts(plan)), shapes, "tpu", whole=(3, 4), interpret=interpret)
     return out, (q, k, v, tables, lse)
 
 
-def _attend_backward(plan, kept, dout):
+def _attend_backward(plan, interpret, kept, dout):
     q, k, v, tables, lse = kept
+    run, shapes = (functools.partial(f, plan) for f in (_run_backward, _backward_shapes))
     arrays = q, k, v, tables, _shifts(plan), _codes(plan), lse, dout
-    dq, dk, dv, dtables = per_device(functools.partial(_run_backward, plan), arrays, 4, "tpu", whole=(3, 4, 5))
+    dq, dk, dv, dtables = per_device(run, arrays, shapes, "tpu", whole=(3, 4, 5), interpret=interpret)
     return dq, dk, dv, dtables.sum((0, 1)).astype(plan.dtype)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
+def _forward_shapes(plan, q, k, v, *_):
+    lse = q.shape[0], plan.chunks, plan.cols.blocks, plan.rows.blocks, plan.groups, plan.stacked
+    return jax.ShapeDtypeStruct(q.shape[:-1] + v.shape[-1:], v.dtype), jax.ShapeDtypeStruct(lse, jnp.float32)
+
+
+def _backward_shapes(plan, q, k, v, tables, *_):
+    dtables = jax.ShapeDtypeStruct((q.shape[0], plan.chunks, *tables.shape), jnp.float32)
+    return *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), dtables
+
+
 def _run_forward(plan, interpret, q, k, v, tables, shifts):
     lookahead = int(plan.cols.halo > 0)
     ahead, here = (_columns(plan, lag) for lag in (0, lookahead))
-    out = jax.ShapeDtypeStruct(q.shape[:-1] + v.shape[-1:], v.dtype)
-    lse_shape = q.shape[0], plan.chunks, plan.cols.blocks, plan.rows.blocks, plan.groups, plan.stacked
-    lse = jax.ShapeDtypeStruct(lse_shape, jnp.float32)
+    out, lse = shapes = _forward_shapes(plan, q, k, v)
     return pl.pallas_call(
         functools.partial(kernels.forward_kernel, plan),
         grid=(q.shape[0], plan.chunks, plan.cols.blocks + lookahead),
         in_specs=[here(q), ahead(k), ahead(v), _whole(tables), _whole(shifts)],
         out_specs=[here(out), _lse_columns(plan, lookahead)],
-        out_shape=[out, lse],
+        out_shape=shapes,
         scratch_shapes=kernels.scratch_shapes(plan, False),
         compiler_params=_compiler_params(plan, False),
         cost_estimate=_cost(plan, (q, k, v, tables, out, lse), backward=False),
@@ -220,7 +240,7 @@ def _run_forward(plan, interpret, q, k, v, tables, shifts):
 def _run_backward(plan, interpret, q, k, v, tables, shifts, codes, lse, dout):
     lookahead = int(plan.cols.halo > 0)
     ahead, here, behind = (_columns(plan, lag) for lag in (0, lookahead, 2 * lookahead))
-    dtables = jax.ShapeDtypeStruct((q.shape[0], plan.chunks, *tables.shape), jnp.float32)
+    *_, dtables = shapes = _backward_shapes(plan, q, k, v, tables)
     return pl.pallas_call(
         functools.partial(kernels.backward_kernel, plan),
         grid=(q.shape[0], plan.chunks, plan.cols.blocks + 2 * lookahead),
@@ -228,7 +248,7 @@ def _run_backward(plan, interpret, q, k, v, tables, shifts, codes, lse, dout):
             here(q), ahead(k), ahead(v), _whole(tables), _whole(shifts), _whole(codes), _lse_columns(plan, lookahead), here(dout),
         ],
         out_specs=[here(q), behind(k), behind(v), pl.BlockSpec((None, None, *tables.shape), lambda n, c, s: (n, c, 0, 0, 0))],
-        out_shape=[*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)), dtables],
+        out_shape=shapes,
         scratch_shapes=kernels.scratch_shapes(plan, True),
         compiler_params=_compiler_params(plan, True),
         cost_estimate=_cost(plan, (q, q, k, k, v, v, dout, tables, lse, dtables), backward=True),
@@ -265,6 +285,8 @@ def _compiler_params(plan, backward):
 
 
 def _cost(plan, arrays, backward):
+    if not isinstance(arrays[0].shape[0], int):
+        return None  # the cost of a symbolic batch is no number
     logits = arrays[0].shape[0] * plan.rows.blocks * plan.cols.blocks * plan.heads * plan.block_queries * plan.window
     key_lanes, value_lanes = (_round_up(n, LANES) for n in (plan.key_lanes, plan.value_lanes))
     products = 3 * key_lanes + 2 * value_lanes if backward else key_lanes + value_lanes
@@ -274,7 +296,12 @@ def _cost(plan, arrays, backward):
 
 
 def vmem_estimate(plan: Plan, backward: bool) -> int:
-    """On-chip memory of a kernel in bytes: bands, two copies of each block that comes and goes, and what stands between."""
+    """Returns the on-chip memory of a kernel in bytes: bands, two copies of each block on its way, and temporaries.
+
+    Args:
+        plan: of the kernel.
+        backward: whether it is the backward kernel.
+    """
     itemsize = jnp.dtype(plan.dtype).itemsize
     tiled = lambda itemsize, *shape: (
         itemsize * math.prod(shape[:-2]) * _round_up(shape[-2], SUBLANES * 4 // itemsize) * _round_up(shape[-1], LANES)
@@ -286,5 +313,5 @@ def vmem_estimate(plan: Plan, backward: bool) -> int:
     moving = 2 * (pixels + queries) * (1 + backward)
     moving -= 2 * backward * tiled(itemsize, plan.rows.blocks * plan.query_rows, plan.query_cols, value_lanes)
     logits = tiled(4, plan.window, plan.stacked)
-    # What libtpu 0.0.52 takes for the layers of H0 to H7 on v4 and v5e is less than this, by up to a third.
+    # libtpu 0.0.52 takes less than this for the layers of H0 to H7 on v4 and v5e, by up to a third.
     return (bands + moving) * 13 // 10 + 3 * logits + 2**19

@@ -1,4 +1,4 @@
-"""Several processes as one run: set-up on JAX's own runtime, and what they must agree on."""
+"""Several processes as one run: they join through JAX's runtime, and compare what must be equal."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from halonet_jax.errors import DistributedError
 
-PEER_TIMEOUT = 100  # seconds without a heartbeat after which a process counts as lost; JAX's default
+PEER_TIMEOUT = 100  # seconds without a heartbeat after which a process counts as lost (JAX's default)
 
 
 def initialize(
@@ -22,17 +22,19 @@ def initialize(
     process_id: int | None = None,
     peer_timeout: int = PEER_TIMEOUT,
 ) -> None:
-    """Joins this process to the others of its run; to be called before JAX touches a device.
+    """Joins this process to the others of its run. Call it before JAX touches a device.
 
-    Without arguments JAX finds Cloud TPU slices, GKE and Slurm by itself; where there is nothing of the kind, and with
-    `num_processes=1`, the run is this process alone.
+    Without arguments JAX detects Cloud TPU slices, GKE and Slurm. If it detects none of them, or with
+    `num_processes=1`, this process runs alone.
 
     Args:
-        coordinator_address: "host:port" of process 0, the same on all.
-        peer_timeout: seconds without a heartbeat after which the others of a lost process end.
+        coordinator_address: "host:port" of process 0, the same in all processes.
+        num_processes: number of processes of the run, at least 1.
+        process_id: number of this process, from 0 to `num_processes` - 1.
+        peer_timeout: seconds without a heartbeat after which a process counts as lost and the others end.
 
     Raises:
-        DistributedError: for arguments that are incomplete or out of range, and where the others do not come.
+        DistributedError: arguments are incomplete or out of range, or the other processes do not come.
     """
     explicit = (coordinator_address, num_processes, process_id)
     if num_processes == 1 or (explicit == (None,) * 3 and os.environ.get("SLURM_NTASKS") == "1"):
@@ -46,7 +48,7 @@ def initialize(
             raise DistributedError(f"process_id={process_id} must lie between 0 and {num_processes - 1}, num_processes less 1")
         if not coordinator_address.rpartition(":")[2].isdigit():
             raise DistributedError(f"coordinator_address={coordinator_address!r} must be HOST:PORT, such as 10.0.0.2:8476")
-    hint = "Still waiting for the other processes of the run, of which each needs the same command (see --help)"
+    hint = "Still waiting for the other processes of the run; start the same command for each of them (see --help)"
     waiting = threading.Timer(30, logging.warning, (hint,))
     waiting.daemon = True
     waiting.start()
@@ -55,7 +57,7 @@ def initialize(
     except ValueError as error:
         if explicit != (None,) * 3 or "should be defined" not in str(error):
             raise DistributedError(f"jax.distributed could not be set up: {error}") from None
-    except RuntimeError as error:  # XLA's, for processes that did not come in time
+    except RuntimeError as error:  # from XLA: some processes did not come in time
         reason = str(error).splitlines()[0]
         raise DistributedError(
             f"the {num_processes or ''} processes did not find one another: {reason}", peer_failed=True
@@ -66,10 +68,13 @@ def initialize(
 
 @contextlib.contextmanager
 def together(what: str) -> Iterator[None]:
-    """Runs the block on every process and waits for all; where one fails, all end rather than wait for it.
+    """Runs the block on every process and waits for all of them. If one fails, all end.
+
+    Args:
+        what: the activity, for the error message.
 
     Raises:
-        DistributedError: where another process failed; on the one that failed, its own error.
+        DistributedError: another process failed. The process that failed raises its own error.
     """
     error = None
     try:
@@ -84,12 +89,24 @@ def together(what: str) -> Iterator[None]:
 
 
 def gather(value: float) -> np.ndarray:
-    """The value of each process, by process index."""
+    """Returns the values of all processes, [processes], by process index. All processes must call it.
+
+    Args:
+        value: this process's value.
+    """
     return np.asarray(multihost_utils.process_allgather(np.asarray(value))).reshape(-1)
 
 
 def check_same(what: str, text: str) -> None:
-    """Raises DistributedError where `text` is not the same on every process."""
+    """Checks that a text is the same on every process. All processes must call it.
+
+    Args:
+        what: what the text is, for the error message.
+        text: this process's text.
+
+    Raises:
+        DistributedError: a process has another text than process 0.
+    """
     others = np.flatnonzero((sums := gather(np.uint32(zlib.crc32(text.encode())))) != sums[0])
     if others.size:
         raise DistributedError(

@@ -1,37 +1,53 @@
-"""Pictures of runs and of the operator."""
+"""Draws pictures of runs and of the operator."""
 
 from etils import epath
 
 from halonet_jax.runtime import reporting
 
 SURFACE, INK, MUTED, GRID = "#fcfcfb", "#1f1f1e", "#6b6a66", "#e4e3df"
+_TITLES = {"top1": "Top-1 accuracy"}
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#4a3aa7", "#e34948")
 
 
-def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path) -> None:
-    """Draws training loss and evaluation top-1 over steps, one colour a run, and writes a PNG.
+def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, metric: str = "top1") -> None:
+    """Draws training loss and evaluation metric over steps, one colour for each run, and writes a PNG.
 
-    Top-1 is of the raw weights (thin) and, where there is one, of the EMA (bold).
+    The metric is of the raw weights (thin) and, where there is one, of their moving average (bold).
+
+    Args:
+        workdirs: folders of runs.
+        path: of the picture.
+        metric: the task's primary one, as reports name it after "eval/".
     """
-    figure, (loss_axes, top1_axes) = _figure(1, 2, figsize=(10, 4))
+    figure, (loss_axes, metric_axes) = _figure(1, 2, figsize=(10, 4))
     for color, workdir in zip(COLORS * len(workdirs), workdirs):
         reports, name = reporting.read_metrics(workdir), epath.Path(workdir).name
         _line(loss_axes, reports, "train/loss", color=color, linewidth=1.2, label=name)
-        _line(top1_axes, reports, "eval/top1", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
-        _line(top1_axes, reports, "eval_ema/top1", color=color, linewidth=2, label=f"{name}, EMA")
+        _line(metric_axes, reports, f"eval/{metric}", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
+        _line(metric_axes, reports, f"eval_ema/{metric}", color=color, linewidth=2, label=f"{name}, EMA")
     loss_axes.set(title="Training loss", xlabel="step")
-    top1_axes.set(title="Top-1 accuracy, evaluation split", xlabel="step")
-    lines = [y for line in top1_axes.get_lines() for y in line.get_ydata()]
-    if lines:  # Late differences are what is looked for.
-        top1_axes.set_ylim(max(0, sorted(lines)[len(lines) // 4] - 0.05), 1.005)
-        top1_axes.legend(frameon=False, loc="lower right", labelcolor=INK)
+    metric_axes.set(title=f"{_TITLES.get(metric, metric.replace('_', ' ').capitalize())}, evaluation split", xlabel="step")
+    values = sorted(y for line in metric_axes.get_lines() for y in line.get_ydata())
+    if values:
+        if values[0] >= 0 and values[-1] <= 1:  # a share: late differences are what is looked for
+            metric_axes.set_ylim(max(0, values[len(values) // 4] - 0.05), 1.005)
+        metric_axes.legend(frameon=False, loc="best", labelcolor=INK)
     if len(workdirs) > 1:
         loss_axes.legend(frameon=False, labelcolor=INK)
     _save(figure, path)
 
 
 def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_size: int = 2, blocks: int = 4) -> None:
-    """Draws how halo attention cuts a map: blocks, a block's neighbourhood, and what stride 2 leaves out; writes a PNG."""
+    """Draws how halo attention cuts a map, and writes a PNG.
+
+    The panels show the blocks, the neighbourhood of a block, and the queries that stride 2 keeps.
+
+    Args:
+        path: of the PNG.
+        block_size: side of a block (b), in pixels.
+        halo_size: border around the block (h), in pixels.
+        blocks: number of blocks along a side of the map.
+    """
     figure, axes = _figure(1, 3, figsize=(13, 4.7))
     b, h, size = block_size, halo_size, block_size * blocks
     query, key = COLORS[0], COLORS[1]
@@ -44,7 +60,7 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
         a.set_title(title, fontsize=10.5, color=INK, linespacing=1.5)
         a.set(aspect="equal", xticks=[], yticks=[])
         a.grid(False)
-        first = b if panel == 0 else h  # of the query block's pixels
+        first = b if panel == 0 else h  # first pixel of the query block
         extent = size if panel == 0 else b + 2 * h
         for y in range(extent):
             for x in range(extent):
@@ -82,12 +98,12 @@ def _pixel(x, y, face, alpha):
 def _line(axes, reports, key, **style):
     points = [(report["step"], report[key]) for report in reports if report.get(key) is not None]
     if points:
-        # One point alone would draw nothing as a line.
+        # A line of one point would be invisible.
         axes.plot(*zip(*points), marker="o" if len(points) == 1 else None, **style)
 
 
 def _figure(rows, columns, **options):
-    import matplotlib  # Here, since it takes a second that training need not wait for.
+    import matplotlib  # Imported here, because it takes a second, and training does not need it.
 
     matplotlib.use("Agg")
     from matplotlib import pyplot

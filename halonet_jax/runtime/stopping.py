@@ -1,4 +1,4 @@
-"""How a run ends before its last step, and the exit code that says so."""
+"""Ends a run before its last step: signals, the watchdog, and the exit codes."""
 
 import faulthandler
 import os
@@ -15,29 +15,30 @@ from jax.experimental import multihost_utils
 
 from halonet_jax.errors import Stopped
 
-# sysexits.h where it has a fitting code.
-EXIT_BAD_INPUT = 2  # config, data or checkpoint, as for a wrong flag
+# Codes of sysexits.h, if it has a fitting one.
+EXIT_BAD_INPUT = 2  # a flag, the config, data or a checkpoint
 EXIT_LOST_PEER = 69  # EX_UNAVAILABLE: another process is gone, or a step hangs; the same command resumes
 EXIT_NON_FINITE = 70  # EX_SOFTWARE
 EXIT_STORAGE = 74  # EX_IOERR: the workdir cannot be written
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the state is saved, the same command resumes
-EXIT_INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for a step's end
+EXIT_INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for the end of the step
 
 
 class StopRequest:
-    """Context in which SIGTERM and SIGINT are noted, for the loop to act on. A second SIGINT interrupts at once.
+    """Context that notes SIGTERM and SIGINT, so that the loop can stop. A second SIGINT interrupts at once.
 
-    With several processes, JAX's pre-emption service sees the SIGTERM of any of them, and lets all stop after the same step;
-    a SIGINT is passed on to it. Outside of the main thread, where Python handles no signals, nothing is noted.
+    With several processes, JAX's pre-emption service sees the SIGTERM of any process and lets all stop after the same
+    step. A SIGINT is passed on to it. Outside the main thread nothing is noted, because Python handles signals only
+    there.
 
     Attributes:
-        signal: name of the signal that came; None before one comes.
+        signal: name of the signal that came; None: no signal has come.
     """
 
     def __enter__(self):
         self.signal, self._calls, self._worker = None, 0, None
         self._alone = jax.process_count() == 1
-        # The service has a SIGTERM handler of its own, which one of ours would replace.
+        # The service has its own SIGTERM handler. One of ours would replace it.
         numbers = (signal.SIGTERM, signal.SIGINT) if self._alone else (signal.SIGINT,)
         if threading.current_thread() is not threading.main_thread():
             numbers = ()
@@ -57,16 +58,20 @@ class StopRequest:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
-        """For a process alone: raises Stopped where a signal came. With several, which stop together, does nothing."""
+        """Raises Stopped after a signal. With several processes it does nothing, because they stop together.
+
+        Raises:
+            Stopped: a signal came and this process runs alone.
+        """
         if self._alone and self.signal:
             raise Stopped(self.signal)
 
     def requested(self) -> bool:
-        """Whether to stop now; all processes agree. All of them must call it equally often, such as at every step."""
+        """Returns whether to stop now. All processes get the same answer. They must call it equally often."""
         if self._alone:
             return self.signal is not None
-        # Not the step's own number: the service lets all stop at the call after the highest number that it has seen. For a
-        # signal before the first call that is 1, which a resumed run would never reach.
+        # The service stops all at the call after the highest number that it has seen. For a signal before the first
+        # call, that is call 1. A resumed run would never reach step 1, so we count calls instead of steps.
         self._calls += 1
         if not multihost_utils.reached_preemption_sync_point(self._calls):
             return False
@@ -74,13 +79,20 @@ class StopRequest:
         return True
 
     def interruptible(self, function: Callable[[], Any]) -> Any:
-        """Calls `function`, which may block for minutes (compiling, a dead disk), and returns its result.
+        """Calls a function that may block for minutes, such as a compile or a read from a dead disk.
 
-        A process alone runs it in a thread and keeps an eye on signals; with several processes it is called directly, and a
-        signal takes effect at the next `requested`.
+        A process that runs alone calls it in a thread and watches for signals. With several processes it is called
+        directly, and a signal takes effect at the next `requested`.
+
+        Args:
+            function: called without arguments.
+
+        Returns:
+            The result of the function.
 
         Raises:
-            Stopped: within a tenth of a second of a signal. The function may go on in its thread until the process ends.
+            Stopped: a signal came, within a tenth of a second. The function may continue in its thread until the
+                process ends.
         """
         if not self._alone:
             return function()
@@ -89,7 +101,7 @@ class StopRequest:
         outcome = self._worker.start(function)
         while not outcome.done.wait(0.1):
             if self.signal:
-                self._worker.end()  # it is busy
+                self._worker.end()  # it is busy with the function; another call gets a new one
                 self._worker = None
                 raise Stopped(self.signal)
         if outcome.error is not None:
@@ -103,7 +115,7 @@ class _Outcome:
 
 
 class _Worker:
-    """One daemon thread that runs functions in turn. An executor's threads would keep the process from ending."""
+    """One daemon thread that runs functions in turn. The threads of an executor would keep the process alive."""
 
     def __init__(self):
         self._work = queue.SimpleQueue()
@@ -127,15 +139,16 @@ class _Worker:
             except BaseException as error:
                 outcome.error = error
             outcome.done.set()
-            del item, function, outcome  # which may hold a donated state
+            del item, function, outcome  # they may hold a donated state
 
 
 class Watchdog:
-    """Context that ends the process where nothing was done for `timeout` seconds: a disk, a data source, a compiler or a
-    collective hangs.
+    """Context that ends the process if it makes no progress for `timeout` seconds.
+
+    Then a disk, a data source, a compiler or a collective hangs.
 
     Args:
-        timeout: seconds; 0: never.
+        timeout: seconds; 0: never end it.
     """
 
     def __init__(self, timeout: float):
@@ -155,7 +168,11 @@ class Watchdog:
             self._thread.join()
 
     def doing(self, what: str | None) -> None:
-        """What comes next, such as "step 17"; None: nothing that could hang."""
+        """Notes the next activity and restarts the clock.
+
+        Args:
+            what: the activity, such as "step 17"; None: nothing that can hang.
+        """
         self._doing, self._since = what, time.monotonic()
 
     def _watch(self):
@@ -166,8 +183,8 @@ class Watchdog:
                 print(
                     f"error: process {jax.process_index()} made no progress in {doing} for {idle:.0f} s, more than "
                     f"hang_timeout={self._timeout:g}; a disk, data source, network or another process hangs. The last checkpoint "
-                    "is safe and the same command resumes; where this takes longer by itself, raise hang_timeout",
+                    f"is safe and the same command resumes; if {doing} needs longer than this, raise hang_timeout",
                     file=sys.stderr,
                     flush=True,
                 )
-                os._exit(EXIT_LOST_PEER)  # nothing else ends what hangs
+                os._exit(EXIT_LOST_PEER)  # a hanging thread ends only with its process

@@ -1,4 +1,4 @@
-"""Tasks by name. A definition opens a task's data and makes a `Task`, which the training loop serves."""
+"""Tasks by name. A definition opens a task's data and makes the `Task` that the training loop runs."""
 
 import difflib
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from halonet_jax.training.task import Task
 
 
 class Definition(NamedTuple):
-    """What `config.task` names.
+    """How a task opens its data and makes its `Task`. `config.task` names a definition.
 
     Attributes:
-        open_source: `(config, split, class_names=None, flag=…) -> Source`. With `class_names`, labels must mean these classes.
-            `flag` spells the command-line flag of a config key, for remedies in messages.
+        open_source: `(config, split, class_names=None, flag=…) -> Source`. With `class_names`, the source's labels must
+            mean these classes. `flag` maps a config key to its command-line flag, for error messages.
         metadata: `(config, source) -> dict`, the `Task.metadata` of a run on this source.
         expected_metadata: `(config) -> dict`, the same without opening data, for compile checks.
         make_task: `(config, metadata) -> Task`.
@@ -36,15 +36,23 @@ _DEFINITIONS = {
 
 
 def register(name: str, definition: Definition) -> None:
-    """Adds a task, or replaces the one of this name: `config.task = name` then uses it."""
+    """Adds a task, or replaces the task of this name.
+
+    Args:
+        name: the value of `config.task` that selects it.
+        definition: how its data is opened and its `Task` is made.
+    """
     _DEFINITIONS[name] = definition
 
 
 def find(config: ml_collections.ConfigDict) -> Definition:
-    """The definition that `config.task` names.
+    """Returns the definition that `config.task` names.
+
+    Args:
+        config: a whole config.
 
     Raises:
-        ConfigError: for an unknown name.
+        ConfigError: the name is unknown.
     """
     if config.task not in _DEFINITIONS:
         close = difflib.get_close_matches(str(config.task), _DEFINITIONS, n=1)
@@ -54,5 +62,13 @@ def find(config: ml_collections.ConfigDict) -> Definition:
 
 
 def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
-    """The task of a config, for data or a checkpoint with this metadata."""
+    """Returns the task of a config.
+
+    Args:
+        config: a whole config.
+        metadata: the metadata of the data or of a checkpoint, as `Definition.metadata` returns it.
+
+    Raises:
+        ConfigError: `config.task` is unknown.
+    """
     return find(config).make_task(config, metadata)

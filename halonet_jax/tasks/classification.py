@@ -10,23 +10,47 @@ from halonet_jax import data, models
 from halonet_jax.tasks import mixing
 from halonet_jax.training.task import Task
 
-# Of sources that state it, for compile checks; others count as ImageNet.
+# For compile checks. Other sources count as ImageNet.
 _NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}
 
 
 def open_source(config: ml_collections.ConfigDict, split: str, **options) -> data.Source:
-    """One split of the configured data; `options` are those of `halonet_jax.data.open_source`."""
+    """Opens one split of the configured data.
+
+    Args:
+        config: the whole config.
+        split: name of the split, such as "train".
+        **options: further arguments of `halonet_jax.data.open_source`.
+
+    Raises:
+        DataError: the data cannot be used, or RandAugment does not know an operation of `config.data.randaugment_ops`.
+    """
     data.randaugment.check_ops(config.data.randaugment_ops)
     return data.open_source(config.data, split, **options)
 
 
 def metadata(config: ml_collections.ConfigDict, source: data.Source) -> dict:
-    """The class names of a source, and how evaluation prepares an image."""
+    """Returns the class names of a source, and how evaluation prepares an image.
+
+    Args:
+        config: the whole config.
+        source: a split of the data.
+
+    Returns:
+        JSON values: `class_names` (list of strings, in the order of the labels) and `preprocessing`.
+    """
     return {"class_names": list(source.class_names), "preprocessing": _preprocessing(config)}
 
 
 def expected_metadata(config: ml_collections.ConfigDict) -> dict:
-    """As `metadata`, with numbered classes, for programs that are compiled without data."""
+    """Returns metadata with numbers for class names. It needs no data and serves compile checks.
+
+    Args:
+        config: the whole config.
+
+    Returns:
+        As `metadata`.
+    """
     name = config.data.name if config.data.source == "tfds" else config.data.source
     classes = range(_NUM_CLASSES.get(name, 1000))
     return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
@@ -41,19 +65,25 @@ def _preprocessing(config):
 
 
 def make_model(config: ml_collections.ConfigDict, num_classes: int) -> models.HaloNet:
-    """The config's model."""
+    """Returns the config's model.
+
+    Args:
+        config: the whole config.
+        num_classes: width of the classifier.
+    """
     return models.create(num_classes=num_classes, **config_lib.model_options(config))
 
 
 def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
-    """The task of a config. Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`.
+    """Returns the classification task of a config.
 
-    Normalisation, mixup and CutMix run on the device. Evaluation sums are "count", "top1", "top5" (int32 numbers of
-    examples) and "loss" (cross-entropy without smoothing).
+    Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`. Normalisation, mixup and CutMix run on the
+    device. Evaluation sums "count", "top1" and "top5" (int32 numbers of examples) and "loss" (cross-entropy without
+    smoothing).
 
     Args:
         config: the whole config.
-        metadata: as `metadata` gives it; its class names fix the width of the classifier.
+        metadata: as `metadata` returns it. The number of class names is the width of the classifier.
     """
     num_classes, data_config = len(metadata["class_names"]), config.data
     model = make_model(config, num_classes)

@@ -1,7 +1,7 @@
-"""What happens to a batch on the device: normalisation, mixup and CutMix. Pure JAX, static shapes.
+"""Operations on a batch of images on the device: normalisation, mixup and CutMix. Pure JAX, static shapes.
 
-Both mixtures pair neighbours in the batch. A shuffled batch makes that a random partner, and where the batch is sharded,
-nothing crosses a shard's border.
+Mixup and CutMix pair neighbours in the batch. The batch is shuffled, so the partner is random. If the batch is sharded,
+both partners are on one device.
 """
 
 import jax
@@ -9,13 +9,13 @@ import jax.numpy as jnp
 
 
 def normalize(images, mean, std, dtype=jnp.float32):
-    """(images / 255 - mean) / std, computed in float32.
+    """Returns (images / 255 - mean) / std, computed in float32.
 
     Args:
         images: uint8 [B, H, W, 3].
-        mean: three floats, of RGB in [0, 1].
-        std: likewise.
-        dtype: of the result.
+        mean: three floats, for red, green and blue in [0, 1].
+        std: three floats, likewise.
+        dtype: dtype of the result.
 
     Returns:
         [B, H, W, 3] of `dtype`.
@@ -25,16 +25,18 @@ def normalize(images, mean, std, dtype=jnp.float32):
 
 
 def mixup(rng, images, label_probabilities, alpha: float):
-    """Blends each example with its partner (arXiv 1710.09412, equation 2); one Beta(alpha, alpha) weight a batch.
+    """Blends each example with its partner (arXiv 1710.09412, equation 2).
+
+    The weight is drawn from Beta(alpha, alpha), once per batch.
 
     Args:
         rng: JAX key.
         images: float [B, H, W, 3].
         label_probabilities: float [B, K].
-        alpha: static; 0: nothing is mixed.
+        alpha: static, at least 0. 0 mixes nothing.
 
     Returns:
-        images and label_probabilities, mixed; shapes and dtypes as given.
+        (images, label_probabilities), mixed, with the same shapes and dtypes.
     """
     if not alpha:
         return images, label_probabilities
@@ -43,17 +45,24 @@ def mixup(rng, images, label_probabilities, alpha: float):
 
 
 def cutmix(rng, images, label_probabilities, alpha: float):
-    """Pastes a rectangle of the partner into each example (arXiv 1905.04899, section 3.1); one rectangle a batch.
+    """Pastes a rectangle of the partner into each example (arXiv 1905.04899, section 3.1).
 
-    The rectangle has the image's proportions, its area's share is 1 - Beta(alpha, alpha), its centre is uniform. Labels
-    mix by the exact share of pixels that stay, after the rectangle is clipped to the image.
+    One rectangle is drawn per batch. It has the proportions of the image and a uniform centre. Its share of the area is
+    1 - Beta(alpha, alpha). It is clipped to the image. Labels mix by the exact share of pixels that stay.
 
-    Args and returns: as `mixup`.
+    Args:
+        rng: JAX key.
+        images: float [B, H, W, 3].
+        label_probabilities: float [B, K].
+        alpha: static, at least 0. 0 mixes nothing.
+
+    Returns:
+        (images, label_probabilities), mixed, with the same shapes and dtypes.
     """
     if not alpha:
         return images, label_probabilities
     size_rng, y_rng, x_rng = jax.random.split(rng, 3)
-    side = jnp.sqrt(1 - jax.random.beta(size_rng, alpha, alpha))  # as a share of the image's
+    side = jnp.sqrt(1 - jax.random.beta(size_rng, alpha, alpha))  # as a share of the image's side
     h, w = images.shape[1:3]
     pasted = _span(y_rng, h, side)[:, None] & _span(x_rng, w, side)[None, :]  # [H, W]
     images = jnp.where(pasted[None, :, :, None], _partner(images), images)
@@ -61,9 +70,17 @@ def cutmix(rng, images, label_probabilities, alpha: float):
 
 
 def mix(rng, images, label_probabilities, mixup_alpha: float = 0.0, cutmix_alpha: float = 0.0):
-    """Mixup, CutMix, neither, or, with both alphas positive, one of the two by a fair coin a batch.
+    """Applies mixup or CutMix. If both alphas are positive, a fair coin chooses one of the two for each batch.
 
-    Args and returns: as `mixup`.
+    Args:
+        rng: JAX key.
+        images: float [B, H, W, 3].
+        label_probabilities: float [B, K].
+        mixup_alpha: static, at least 0. 0 turns mixup off.
+        cutmix_alpha: static, at least 0. 0 turns CutMix off.
+
+    Returns:
+        (images, label_probabilities), mixed, with the same shapes and dtypes.
     """
     if not (mixup_alpha and cutmix_alpha):
         images, label_probabilities = mixup(rng, images, label_probabilities, mixup_alpha)
@@ -77,7 +94,7 @@ def mix(rng, images, label_probabilities, mixup_alpha: float = 0.0, cutmix_alpha
 
 
 def _partner(x):
-    """Neighbours swap places, so that partners lie on one device; in an odd batch each takes the one before it."""
+    """Swaps neighbours, so that partners are on one device. In an odd batch the partner is the previous example."""
     if len(x) % 2:
         return jnp.roll(x, 1, axis=0)
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)
@@ -89,7 +106,7 @@ def _blend(share, x):
 
 
 def _span(rng, length: int, side):
-    """Bool [length]: a run of round(side * length) places about a uniform centre, clipped to the ends."""
+    """Returns bool [length]: True on round(side * length) places around a uniform centre, clipped to the ends."""
     run = jnp.round(side * length).astype(jnp.int32)
     start = jax.random.randint(rng, (), 0, length) - run // 2
     places = jnp.arange(length)

@@ -1,4 +1,4 @@
-"""optax optimizers and the learning-rate schedule, from config."""
+"""Makes the optax optimizer and the learning-rate schedule of a config."""
 
 import jax
 import ml_collections
@@ -6,9 +6,18 @@ import optax
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Linear warm-up from 0, then cosine to `end_factor` of the peak at `total_steps` (paper, appendix).
+    """Returns the schedule: linear warm-up from 0, then a cosine (paper, appendix).
 
-    The peak is `learning_rate * batch_size / learning_rate_batch_size`.
+    The peak is `learning_rate * batch_size / learning_rate_batch_size`. The cosine ends at `end_factor` of the peak, at
+    `total_steps`.
+
+    Args:
+        config: the whole config; `schedule` and `batch_size` are read.
+        total_steps: steps of the whole schedule, at least 1.
+        steps_per_epoch: converts the warm-up from epochs to steps.
+
+    Returns:
+        A function from the step to the learning rate.
     """
     s = config.schedule
     peak = s.learning_rate
@@ -22,9 +31,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
 
 
 def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """SGD with Nesterov momentum, AdamW or LAMB; weight decay on kernels alone.
+    """Returns SGD with Nesterov momentum, AdamW or LAMB, with gradient clipping if `clip_norm` is above 0.
 
-    For SGD the decay is added to the gradient, as an L2 penalty would be; AdamW and LAMB decouple it.
+    Weight decay applies to kernels only. SGD adds it to the gradient, like an L2 penalty. AdamW and LAMB decouple it.
+
+    Args:
+        config: the whole config; `optimizer` is read.
+        schedule: learning rate by step.
     """
     o = config.optimizer
     if o.name == "sgd":
@@ -39,5 +52,12 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
 
 
 def decay_mask(params):
-    """True for the kernels of convolutions and dense layers: not for norms, biases and relative tables."""
+    """Returns which parameters weight decay applies to: the kernels of convolutions and dense layers.
+
+    Args:
+        params: a tree of parameters.
+
+    Returns:
+        The same tree of bools, False for norms, biases and relative tables.
+    """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

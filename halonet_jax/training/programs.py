@@ -1,6 +1,6 @@
 """The programs of a run: state creation, train step and eval step, with the sharding of their arrays.
 
-Training and the check whether a recipe fits a TPU slice build their programs here, so both compile the same ones.
+Training and the sizing for TPU slices both build their programs here. So they compile the same programs.
 """
 
 import functools
@@ -17,15 +17,16 @@ from halonet_jax.training.task import Task
 
 
 class Programs(NamedTuple):
-    """Jitted, not yet compiled; `train_step.lower(abstract_state, abstract_batch).compile()` needs no device.
+    """Jitted programs, not yet compiled. `train_step.lower(abstract_state, abstract_batch).compile()` needs no device.
 
     Attributes:
+        mesh: the devices that the programs are for.
         schedule: learning rate by step.
         abstract_state: the train state as `ShapeDtypeStruct`s with shardings.
-        create_state: `() -> state`, created with its final sharding.
-        train_step: `(state, batch) -> (state, metrics)`; donates the state.
-        eval_step: `((params, model_state), batch) -> tree` of `Task.metrics`, on every device.
-        description: of what the mesh's devices will do, `Task.describe`.
+        create_state: `() -> state`. The state is created with its final sharding.
+        train_step: `(state, batch) -> (state, metrics)`. It donates the state.
+        eval_step: `((params, model_state), batch) -> tree` of `Task.metrics`, whole on every device.
+        description: a line of `Task.describe`, for the start of a run.
     """
 
     mesh: jax.sharding.Mesh
@@ -37,7 +38,13 @@ class Programs(NamedTuple):
     description: str
 
     def abstract_batch(self, task: Task, batch_size: int, training: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
-        """A global batch of the task's fields, cut over the mesh; with the `mask` that evaluation adds."""
+        """Returns a global batch of the task's fields as `ShapeDtypeStruct`s, cut over the mesh.
+
+        Args:
+            task: its transform gives the fields.
+            batch_size: examples, over all devices. The number of devices must divide it.
+            training: True for a training batch; False for an evaluation batch, which also has a bool `mask` [B].
+        """
         fields = {name: (field.shape, field.dtype) for name, field in task.transform(training).fields.items()}
         if not training:
             fields["mask"] = ((), "bool")
@@ -51,14 +58,14 @@ class Programs(NamedTuple):
 def make_programs(
     config: ml_collections.ConfigDict, task: Task, mesh: jax.sharding.Mesh, total_steps: int, steps_per_epoch: float
 ) -> Programs:
-    """The programs of a config on a mesh. Its devices may be those of a topology that is not at hand.
+    """Returns the programs of a config on a mesh. The mesh may be of a topology without real devices.
 
     Args:
         config: the whole config.
-        task: the config's.
+        task: the task of the config.
         mesh: from `sharding.make_mesh`.
-        total_steps: of the whole schedule.
-        steps_per_epoch: for the warm-up, which is given in epochs.
+        total_steps: steps of the whole schedule.
+        steps_per_epoch: converts the warm-up from epochs to steps.
     """
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule)

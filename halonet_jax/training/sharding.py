@@ -1,6 +1,6 @@
-"""The device mesh and where arrays lie on it.
+"""The device mesh and the sharding of arrays on it.
 
-Axis `data` holds copies of the parameters, axis `fsdp` shares one copy out. Batches are cut over both.
+The parameters are replicated over the axis `data` and sharded over the axis `fsdp`. Batches are cut over both.
 """
 
 import contextlib
@@ -18,17 +18,22 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 BATCH = P(("data", "fsdp"))
-# Smaller arrays are copied rather than shared out: gathering them would cost more than they save.
+# Smaller arrays are replicated: gathering them would cost more than sharding saves.
 MIN_SHARDED_SIZE = 2**14
 
 
 def use_cpu_cores(parts: int) -> None:
-    """Makes cores of this machine devices of their own, as many as divide `parts`; to be called before JAX touches a device.
+    """Makes each CPU core a JAX device. Call it before JAX touches a device.
 
-    Of use where there is no accelerator, and without effect where there is one: two cores with a program each are faster than
-    one program on both (docs/performance.md). Each holds a copy of the state, as every device does. Nothing changes where several
-    processes run, where JAX_NUM_CPU_DEVICES or XLA_FLAGS gives the number, and where JAX has its devices already. Give the
-    number where a container's share of CPU time is less than the cores that it sees.
+    Two cores with a program each are faster than one program on both (docs/performance.md). The number of devices is
+    the largest that divides `parts` and is at most the number of cores. Each device holds a copy of the state.
+
+    It has no effect with an accelerator, with several processes, if JAX has already created its devices, or if
+    JAX_NUM_CPU_DEVICES or XLA_FLAGS sets the number. Set JAX_NUM_CPU_DEVICES in a container that may use less CPU time
+    than the cores that it sees.
+
+    Args:
+        parts: number of equal parts that a batch may be cut into, at least 1.
     """
     given = jax.config.jax_num_cpu_devices > 0 or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or jax.distributed.is_initialized():
@@ -39,24 +44,38 @@ def use_cpu_cores(parts: int) -> None:
 
 
 def make_mesh(fsdp: int = 1, devices: Any = None) -> Mesh:
-    """A `[data, fsdp]` mesh over all devices; `fsdp` must divide their number.
+    """Returns a `[data, fsdp]` mesh.
 
-    Devices are in the order of their processes, so that process p of P holds the p-th part of every batch, and one copy of the
-    state lies within a host where it can. Collectives over all devices do not depend on the order.
+    Devices are ordered by process. So process p holds the p-th part of every batch, and a copy of the state stays
+    within one host if the host has enough devices. Collectives over all devices do not depend on the order.
+
+    Args:
+        fsdp: number of devices that share one copy of the state. It must divide the number of devices.
+        devices: a sequence of devices; None: all devices of the run.
     """
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: (device.process_index, device.id))
     return Mesh(np.array(devices).reshape(-1, fsdp), ("data", "fsdp"))
 
 
 def use(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Makes the mesh known to what is traced: which devices it is for, and how operators that XLA cannot cut are to be cut."""
+    """Returns a context in which traced code knows the mesh.
+
+    Operators that XLA cannot partition, such as Pallas kernels, read from it how to cut their arrays.
+
+    Args:
+        mesh: the mesh; None: the context does nothing.
+    """
     return contextlib.nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def state_sharding(mesh: Mesh, state: Any) -> Any:
-    """One rule for the whole state: an array's largest axis that `fsdp` divides is shared out, unless the array is small.
+    """Returns the sharding of every array of a state.
+
+    An array is cut over `fsdp` along its largest axis that `fsdp` divides. Arrays of less than `MIN_SHARDED_SIZE`
+    elements, and arrays without such an axis, are replicated.
 
     Args:
+        mesh: from `make_mesh`.
         state: pytree of arrays or `ShapeDtypeStruct`s.
 
     Returns:
@@ -75,17 +94,17 @@ def state_sharding(mesh: Mesh, state: Any) -> Any:
 
 
 class DeviceBatches:
-    """Context that reads batches in the background and gives them as global arrays cut over the mesh.
+    """Context that reads batches in the background. Iterating over it yields global arrays, cut over the mesh.
 
     Args:
-        batches: a loader: an iterator over dicts of this process's rows, `[local batch, ...]`, with `close()` and `num_corrupt`
-            where it has them. It is closed at the end, in the background thread.
-        mesh: over which the batch axis is cut.
-        ahead: how many batches are placed on the devices early.
-        check: called while the next batch is waited for; what it raises ends the wait.
+        batches: an iterator over dicts of this process's rows, `[local batch, ...]`. Its `close()` and `num_corrupt`
+            are used if it has them. The background thread closes it at the end.
+        mesh: the mesh that the batch axis is cut over.
+        ahead: number of batches to place on the devices in advance.
+        check: called every tenth of a second while the caller waits for a batch. An exception from it ends the wait.
 
     Attributes:
-        num_corrupt: the loader's count, of the batches handed out so far.
+        num_corrupt: the loader's count of corrupt examples, for the batches handed out so far.
     """
 
     _POLL, _END = 0.1, 5.0  # seconds
@@ -110,7 +129,7 @@ class DeviceBatches:
     def __exit__(self, *_):
         self._ended.set()
         with contextlib.suppress(queue.Empty):
-            while True:  # so that a full queue does not hold the thread
+            while True:  # empties the queue: a full one would block the thread
                 self._queue.get_nowait()
         self._thread.join(self._END)
         if self._thread.is_alive():
@@ -127,7 +146,7 @@ class DeviceBatches:
             yield batch
 
     def pop_seconds_waited(self) -> float:
-        """Seconds that the caller waited for a batch since the last call."""
+        """Returns the seconds that the caller waited for batches since the last call."""
         seconds, self._seconds_waited = self._seconds_waited, 0.0
         return seconds
 

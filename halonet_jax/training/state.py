@@ -1,4 +1,4 @@
-"""The train state: one plain pytree that steps, checkpoints, EMA and export share."""
+"""The train state: one plain pytree for steps, checkpoints and evaluation."""
 
 from typing import Any
 
@@ -12,15 +12,16 @@ from halonet_jax.training.task import Task
 
 @struct.dataclass
 class TrainState:
-    """All that training changes.
+    """Everything that training changes.
 
     Attributes:
-        step: int32 scalar, optimizer steps taken. It also fixes the data position and every random number of the next step.
-        params: float32.
-        model_state: batch statistics, float32.
-        opt_state: optax's.
-        ema_params: exponential moving average of `params`; None where EMA is off.
-        ema_model_state: the same of `model_state`.
+        step: int32 scalar, the number of optimizer steps taken. It also determines the position in the data and every
+            random number of the next step.
+        params: tree of parameters, float32.
+        model_state: tree of batch statistics, float32.
+        opt_state: the state of the optax optimizer.
+        ema_params: exponential moving average of `params`; None if EMA is off.
+        ema_model_state: exponential moving average of `model_state`; None if EMA is off.
     """
 
     step: jax.Array
@@ -31,7 +32,7 @@ class TrainState:
     ema_model_state: Any
 
     def weights(self) -> dict[str, tuple[Any, Any]]:
-        """What can be evaluated: `{"eval": (params, model_state), "eval_ema": …}`, the latter where there is an EMA."""
+        """Returns the weights to evaluate: `{"eval": (params, model_state)}`, with EMA also "eval_ema"."""
         weights = {"eval": (self.params, self.model_state)}
         if self.ema_params is not None:
             weights["eval_ema"] = (self.ema_params, self.ema_model_state)
@@ -39,9 +40,16 @@ class TrainState:
 
 
 def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
-    """The state before the first step. Jittable, so that it can be born sharded."""
+    """Returns the state before the first step. Jit it with output shardings to create the state sharded.
+
+    Args:
+        task: provides `init`.
+        optimizer: from `optimizer.make_optimizer`.
+        seed: of the initial parameters.
+        ema: whether the state holds moving averages. They start as copies of the weights.
+    """
     params, model_state = task.init(jax.random.key(seed))
-    # Copies: the state is donated to the step, and a buffer can be donated once only.
+    # Copies, because the state is donated to the step and a buffer can be donated only once.
     copy = lambda tree: jax.tree.map(jnp.copy, tree) if ema else None
     return TrainState(
         step=jnp.zeros((), jnp.int32), params=params, model_state=model_state, opt_state=optimizer.init(params),
@@ -51,15 +59,15 @@ def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: 
 
 @jax.jit
 def fingerprint(state: Any) -> tuple[jax.Array, jax.Array]:
-    """Returns whether all arrays are finite, and a checksum of each.
+    """Returns whether all arrays are finite, and a checksum of each array.
 
-    The checksums are sums of integers, so that they do not depend on how arrays are cut over devices.
+    The checksums are sums of integers. So they do not depend on the sharding.
 
     Args:
-        state: pytree of arrays of numbers or booleans, at least one.
+        state: pytree of at least one array of numbers or booleans.
 
     Returns:
-        A boolean, and uint32 `[leaves]` in the order of `jax.tree.leaves`.
+        A bool scalar, and uint32 `[leaves]` in the order of `jax.tree.leaves`.
     """
     leaves = jax.tree.leaves(state)
     finite = jnp.stack([jnp.isfinite(x).all() for x in leaves]).all()
@@ -67,7 +75,7 @@ def fingerprint(state: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def _words(x):
-    """The bits of an array as unsigned integers, of at most 32 bits each."""
+    """Returns the bits of an array as unsigned integers of at most 32 bits."""
     if x.dtype == jnp.bool_:
         return x
     return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))

@@ -1,4 +1,4 @@
-"""The train step and the evaluation step, as pure functions over the state."""
+"""The train step and the evaluation step, as pure functions of the state and a batch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,10 +21,18 @@ def make_train_step(
     accumulation_steps: int = 1,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """`(state, batch) -> (state, metrics)`, to be jitted with the state donated.
+    """Returns the train step, `(state, batch) -> (state, metrics)`. Jit it and donate the state.
 
-    Metrics are float32 scalars: the task's, "loss", "grad_norm" and "update_norm". Random numbers depend on the seed and the
-    step alone. With a `mesh`, weights that are shared out over it are gathered for use, and kernels are cut over it.
+    Metrics are float32 scalars: those of the task, "loss", "grad_norm" and "update_norm". Random numbers depend only on
+    the seed and the step.
+
+    Args:
+        task: provides the loss.
+        optimizer: from `optimizer.make_optimizer`.
+        seed: of mixup, CutMix, dropout and stochastic depth.
+        ema_decay: decay of the moving average of the weights, below 1; 0: no average.
+        accumulation_steps: number of micro-batches. It must divide the batch.
+        mesh: if given, sharded weights are gathered for use, and kernels are cut over the mesh.
     """
 
     def train_step(state, batch):
@@ -34,7 +42,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = (state.ema_params, state.ema_model_state)
         if ema_decay:
-            # The ramp lets the average forget the random start: it is at most (step + 1) / (step + 10).
+            # The decay ramps up with (step + 1) / (step + 10), so that the average forgets the random start.
             decay = jnp.minimum(ema_decay, (state.step + 1) / (state.step + 10))
             ema = optax.incremental_update((params, model_state), ema, 1 - decay)
         state = TrainState(state.step + 1, params, model_state, opt_state, *ema)
@@ -44,7 +52,7 @@ def make_train_step(
 
 
 def _gradients(task, state, batch, rng, accumulation_steps, mesh):
-    """Gradients, new model state and metrics of the batch: those of its micro-batches, averaged."""
+    """Returns gradients, new model state and metrics of the batch, averaged over its micro-batches."""
 
     def compute(batch, rng):
         loss = lambda params: task.loss(_gathered(params, mesh), state.model_state, batch, rng)
@@ -56,7 +64,7 @@ def _gradients(task, state, batch, rng, accumulation_steps, mesh):
         sums, metrics = compute(batch, rng)
         return *sums, metrics
 
-    # Micro-batch j takes rows j, j + steps, …: then every device finds its part of it among its own rows.
+    # Micro-batch j takes the rows j, j + steps, …. So every device has its part of each micro-batch among its own rows.
     split = lambda x: x.reshape(x.shape[0] // accumulation_steps, accumulation_steps, *x.shape[1:]).swapaxes(0, 1)
 
     def body(sums, xs):
@@ -71,15 +79,17 @@ def _gradients(task, state, batch, rng, accumulation_steps, mesh):
 
 
 def _gathered(params, mesh):
-    """Whole weights on every device. Left to itself, the compiler would move activations to the shards, batches at a time."""
+    """Gathers whole weights on every device. Without this, the compiler would move activations to the shards."""
     return params if mesh is None else jax.lax.with_sharding_constraint(params, jax.NamedSharding(mesh, jax.P()))
 
 
 def make_eval_step(task: Task, mesh: jax.sharding.Mesh | None = None) -> Callable[[Any, dict], dict]:
-    """`((params, model_state), batch) -> Task.metrics's tree`, to be jitted with that tree on every device.
+    """Returns the evaluation step, `((params, model_state), batch) -> tree` of `Task.metrics`.
+
+    Jit it with an output sharding that puts the tree whole on every device.
 
     Args:
-        task: whose `predict` and `metrics` it runs.
+        task: provides `predict` and `metrics`.
         mesh: as in `make_train_step`.
     """
 

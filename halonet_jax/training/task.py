@@ -1,4 +1,4 @@
-"""The contract between a task and the training loop. Classification and detection are two values of one type."""
+"""The contract between a task and the training loop. Each task is a value of the type `Task`."""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,23 +11,25 @@ from halonet_jax.training.evaluation import Evaluator, SumEvaluator
 class Task:
     """A model with its loss, its input and its evaluation.
 
-    `params` and `model_state` are pytrees of arrays. `model_state` is what a forward pass changes: batch statistics. A batch
-    is a dict of arrays with the batch axis first: the fields of `transform`, and in evaluation `mask` `[B]`, False for padding.
+    `params` and `model_state` are pytrees of arrays. A forward pass changes `model_state`, the batch statistics. A
+    batch is a dict of arrays with the batch axis first. It has the fields of `transform`. Evaluation batches also have
+    a bool `mask` `[B]`, which is False for padding.
 
     Attributes:
         init: `(rng) -> (params, model_state)`.
-        loss: `(params, model_state, batch, rng) -> (loss, (model_state, metrics))`, in training mode. Loss and metrics are
-            float32 means over the batch.
+        loss: `(params, model_state, batch, rng) -> (loss, (model_state, metrics))`, in training mode. Loss and metrics
+            are float32 means over the batch.
         predict: `(params, model_state, batch) -> outputs`, in evaluation mode.
-        metrics: `(outputs, batch) -> tree of arrays`, compiled with `predict`. Sums over the examples in `mask` for
-            `SumEvaluator`; whatever arrays the task's own evaluator takes otherwise, such as boxes and scores per example.
-        evaluator: `() -> Evaluator`, which takes those arrays on the host and gives the result of a whole split.
-        primary_metric: key of that result by which the best checkpoint is kept and curves are drawn. More is better.
-        transform: `(training) -> Transform`, from a source's record to the fields of a row; a `halonet_jax.data.Transform`.
-            Its `fields` give the shapes and dtypes of a batch.
-        metadata: JSON values that a checkpoint carries, so that it can be used without the training data: `class_names` and
-            `preprocessing`.
-        describe: `() -> str`, a line for the start of a run: what the devices of the current mesh will do.
+        metrics: `(outputs, batch) -> tree of arrays`, compiled together with `predict`. For `SumEvaluator` the arrays
+            are sums over the examples in `mask`. A task's own evaluator may take others, such as boxes and scores per
+            example.
+        evaluator: `() -> Evaluator`. The evaluator takes those arrays on the host and returns the result of a split.
+        primary_metric: key of that result. It ranks checkpoints and is drawn in curves. Higher is better.
+        transform: `(training) -> halonet_jax.data.Transform`. The transform turns a source's record into the fields of
+            a row. Its `fields` give the shapes and dtypes of a batch.
+        metadata: JSON values that a checkpoint stores, so that it can be used without the training data: `class_names`
+            and `preprocessing`.
+        describe: `() -> str`, a line that is printed at the start of a run: the implementation that the devices use.
     """
 
     init: Callable[..., tuple[Any, Any]]

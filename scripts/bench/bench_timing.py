@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing rivals in turns, PyTorch's side of it, and tables of ratios."""
+"""Shared code of the benchmarks: timing contestants in turns, PyTorch's device, and tables of ratios."""
 
 import contextlib
 import importlib.metadata
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch wants some of a GPU's memory, too
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves GPU memory to PyTorch
 
 import jax
 import numpy as np
@@ -19,14 +19,14 @@ from absl import app
 from halonet_jax.ops import einsum, einsum_cpu, gpu, tpu
 from halonet_jax.training import sharding
 
-# What there is by platform, for halonet_jax's `implementation`.
+# Each platform's implementations, for the argument `implementation` of halonet_jax.
 OURS = {
     "cpu": {"einsum_cpu": einsum_cpu.attend, "einsum": einsum.attend},
     "gpu": {"einsum": einsum.attend, "fused GPU": gpu.attend, "through cuDNN's attention": rival_cudnn.attend},
     "tpu": {"einsum": einsum.attend, "fused TPU": tpu.attend},
 }
 SLOW_SECONDS = 2.0  # a call that takes longer is repeated fewer times
-QUEUED_SECONDS = 0.02  # of calls, before waiting on accelerators: their start is not what is measured
+QUEUED_SECONDS = 0.02  # length of a queue of calls on an accelerator; it hides the time to start a call
 PEERS = {"torch": "torch", "timm": "timm", "halonet_pytorch": "halonet-pytorch"}  # module: distribution
 
 
@@ -34,10 +34,10 @@ class Case(NamedTuple):
     """One contestant.
 
     Attributes:
-        name: as the table shows it.
-        make: builds it and returns what starts one call, whose result `wait` takes. What either raises is the reason why the
-            table has no figure.
-        wait: blocks until a call is done.
+        name: its name in the table.
+        make: builds the contestant and returns a function that starts one call. If either raises, the table gives the
+            error instead of a figure.
+        wait: takes the result of a call and blocks until the call is done.
     """
 
     name: str
@@ -46,36 +46,63 @@ class Case(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Seconds a call, in the order of the rounds; empty where there is only a reason."""
+    """The times of one contestant.
+
+    Attributes:
+        seconds: seconds per call, one number for each round. Empty if the contestant failed.
+        reason: the failure; "" without one.
+    """
 
     seconds: list[float]
     reason: str = ""
 
     @property
     def median(self) -> float:
+        """Median seconds per call."""
         return float(np.median(self.seconds))
 
 
 def mesh() -> jax.sharding.Mesh:
-    """One accelerator, or all that `sharding.use_cpu_cores` made of a CPU: PyTorch, too, has one accelerator, or all cores."""
+    """Returns a mesh of one accelerator, or of all CPU devices. PyTorch, too, uses one accelerator or all cores."""
     return sharding.make_mesh(devices=jax.devices() if jax.default_backend() == "cpu" else jax.devices()[:1])
 
 
 def place(tree: Any, cut: bool) -> Any:
-    """Arrays on the devices of `mesh`, cut along their first axis or whole on each."""
+    """Puts arrays on the devices of `mesh`.
+
+    Args:
+        tree: pytree of arrays.
+        cut: True cuts them along their first axis; False puts them whole on each device.
+    """
     return jax.device_put(tree, jax.NamedSharding(mesh(), sharding.BATCH if cut else jax.P()))
 
 
 def ours(first: str, reference: bool) -> dict[str, Any]:
-    """halonet_jax's implementations on this device, `first` first: what a table calls them, and what the layer takes."""
+    """Returns halonet_jax's implementations on this device: name in the table, and value of `implementation`.
+
+    Args:
+        first: name of the implementation to put first.
+        reference: whether to include the reference.
+    """
     found = {name: name for name in (first, "reference")[: 1 + reference]}
     return {f"halonet_jax {name}": value for name, value in (found | OURS[jax.default_backend()]).items()}
 
 
 def measure(cases: list[Case], repeats: int, label: str) -> dict[str, Timing]:
-    """Times all cases in turns, so that what else the machine does hits all alike. The first call, which compiles, is not timed."""
+    """Times all cases in turns, so that other load on the machine affects all alike.
+
+    The first call compiles and is not timed. Cases slower than `SLOW_SECONDS` run at most three rounds.
+
+    Args:
+        cases: the contestants.
+        repeats: number of rounds. Each round runs every case once.
+        label: shown with the progress.
+
+    Returns:
+        The timings by the name of the case.
+    """
     progress = Progress(label, len(cases) * (repeats + 1))
-    timings, ready = {}, []  # ready: (case, what starts it, calls to queue, rounds)
+    timings, ready = {}, []  # ready: (case, function that starts a call, calls to queue, rounds)
     for case in cases:
         progress.at(f"preparing {case.name}")
         timings[case.name] = Timing([])
@@ -83,7 +110,7 @@ def measure(cases: list[Case], repeats: int, label: str) -> dict[str, Timing]:
             start = case.make()
             case.wait(start())
             once = _seconds(case, start, 1)
-        except Exception as error:  # whatever a peer dies of is to be told, and the rest to go on
+        except Exception as error:  # the table shows why a contestant failed, and the others go on
             timings[case.name] = Timing([], first_line(error))
             progress.done(repeats + 1)
             continue
@@ -111,7 +138,11 @@ def _seconds(case, start, calls):
 
 
 def first_line(error: Exception) -> str:
-    """The reason that a table gives."""
+    """Returns the line with which a table explains a failure.
+
+    Args:
+        error: the failure.
+    """
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; pip install -e '.[bench]'"
     lines = [line for line in str(error).splitlines() if line.strip()]
@@ -119,12 +150,18 @@ def first_line(error: Exception) -> str:
 
 
 class Progress:
-    """One line on stderr: where the run is, and for how long still. Where stderr is a file, a line every ten seconds."""
+    """Progress on stderr, with the remaining time: one line on a terminal, a new line every ten seconds in a file.
+
+    Args:
+        label: start of the line.
+        total: number of units of work.
+    """
 
     def __init__(self, label, total):
         self.label, self.total, self.count, self.begin, self.written = label, total, 0, time.monotonic(), 0.0
 
     def at(self, what: str):
+        """Shows the current activity, `what`."""
         now = time.monotonic()
         if not sys.stderr.isatty() and now - self.written < 10:
             return
@@ -134,21 +171,32 @@ class Progress:
         print(f"{start}{self.label}: {self.count}/{self.total}{eta}: {what}", end=end, file=sys.stderr, flush=True)
 
     def done(self, count: int):
+        """Adds `count` finished units of work."""
         self.count += count
 
     def close(self):
+        """Clears the line on a terminal."""
         if sys.stderr.isatty():
             print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 def ratio(timing: Timing, base: Timing) -> float | None:
-    """Median over the rounds of this case's time over that of `base` in the same round."""
+    """Returns the median over the rounds of a case's time over the time of `base` in the same round.
+
+    Args:
+        timing: of the case.
+        base: of the case to compare with.
+
+    Returns:
+        The ratio; None if either case failed.
+    """
     if not (timing.seconds and base.seconds):
         return None
     return float(np.median([mine / other for mine, other in zip(timing.seconds, base.seconds)]))
 
 
 def milliseconds(seconds: float) -> str:
+    """Returns `seconds` as milliseconds with two decimals."""
     return f"{1e3 * seconds:.2f}"
 
 
@@ -156,7 +204,16 @@ def table(
     title: str, columns: dict[str, dict[str, Timing]], base: str, notes: dict[str, str] | None = None,
     unit: str = "ms", show: Callable[[float], str] = milliseconds,
 ) -> str:  # fmt: skip
-    """Medians (by `show`, in `unit`) and ratios to `base` of each case, `columns` being `{what: {case: timing}}`; Markdown."""
+    """Returns a Markdown table of medians and ratios, one row for each case.
+
+    Args:
+        title: the line above the table.
+        columns: the timings, `{column: {case: timing}}`.
+        base: the case that the ratios compare with.
+        notes: text for the last column, by case; None: no such column.
+        unit: of the figures.
+        show: turns seconds into a figure in `unit`.
+    """
     lines = [title, "", "| |" + "".join(f" {name}, {unit} | × |" for name in columns) + (" |" if notes else "")]
     lines.append("|---|" + "--:|--:|" * len(columns) + ("---|" if notes else ""))
     reasons = []
@@ -173,7 +230,13 @@ def table(
 
 
 def records(columns: dict[str, dict[str, Timing]], base: str, **about) -> list[dict]:
-    """The same as JSON: one object a case and column, with every time in seconds."""
+    """Returns the contents of `table` as JSON objects, one for each case and column, with every time in seconds.
+
+    Args:
+        columns: the timings, `{column: {case: timing}}`.
+        base: the case that the ratios compare with.
+        **about: further entries of each object.
+    """
     return [
         {**about, "case": case, "what": column, "ratio": ratio(timing, timings[base]), **timing._asdict()}
         for column, timings in columns.items()
@@ -182,7 +245,11 @@ def records(columns: dict[str, dict[str, Timing]], base: str, **about) -> list[d
 
 
 def machine(*distributions: str) -> dict:
-    """What the figures were taken on; `load` is the number of processes that wanted to run in the last minute."""
+    """Describes the machine: devices, cores, load average of the last minute, time, versions.
+
+    Args:
+        *distributions: packages whose versions to add.
+    """
     versions = {}
     for name in ("jax", "jaxlib", "flax", "torch", "timm", "halonet-pytorch", *distributions):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -195,20 +262,42 @@ def machine(*distributions: str) -> dict:
 
 
 def check_json(path: str) -> None:
-    """Before minutes of timing: the file's folder must be there."""
+    """Checks, before minutes of timing, that the folder of the output file exists.
+
+    Args:
+        path: the file; "": none.
+
+    Raises:
+        UsageError: the folder does not exist.
+    """
     if path and not os.path.isdir(os.path.dirname(path) or "."):
-        raise app.UsageError(f"--json={path}: there is no such folder; make it, or give another file")
+        raise app.UsageError(f"--json={path}: the folder does not exist; make it, or give another file")
 
 
 def write_json(path: str, results: list[dict], about: dict) -> None:
-    """`{"machine": …, "load_after": …, "results": [records…]}`."""
+    """Writes `{"machine": …, "load_after": …, "results": [records…]}` to a file.
+
+    Args:
+        path: the file.
+        results: from `records`.
+        about: from `machine`.
+    """
     with open(path, "w") as file:
         json.dump({"machine": about, "load_after": round(os.getloadavg()[0], 2), "results": results}, file, indent=1)
         file.write("\n")
 
 
 def torch_device(dtype: str):
-    """`(torch, device, dtype)`; the GPU where JAX has one and PyTorch, too, with float32 products as JAX does them there (TF32)."""
+    """Returns PyTorch's module, device and dtype. The device is the GPU if JAX uses one, else the CPU.
+
+    On a GPU, float32 products use TF32, as JAX's do.
+
+    Args:
+        dtype: name of the dtype, such as "bfloat16".
+
+    Raises:
+        RuntimeError: JAX uses an accelerator that PyTorch cannot use.
+    """
     import torch
 
     if jax.default_backend() != "cpu" and not torch.cuda.is_available():
@@ -220,7 +309,11 @@ def torch_device(dtype: str):
 
 
 def torch_wait(out):
-    """Waits for PyTorch's GPU; on a CPU calls return when they are done."""
+    """Waits for PyTorch's GPU. On a CPU, calls return when they are done.
+
+    Args:
+        out: the result of the call, which is not used.
+    """
     import torch
 
     if torch.cuda.is_available():

@@ -1,9 +1,11 @@
-"""A rival of the fused GPU kernels: halo attention through cuDNN's attention, by queries and keys with more channels.
+"""A peer of the fused GPU kernels: halo attention through cuDNN's attention, with extra channels.
 
-Queries are extended by their position logits for each row and column of the window, keys by one-hot codes of theirs. Logits
-then never stand in memory, but all windows do, extended: `(b + 2h)² / b²` times the keys, `1 + 4 (b + 2h) / D` times as wide.
+Queries get their position logits for each row and column of the window as extra channels. Keys get one-hot codes of
+their row and column. So the logits never are in memory. All windows are, though: `(b + 2h)² / b²` times as many keys,
+and `1 + 4 (b + 2h) / D` times as wide.
 
-cuDNN wants bfloat16 or float16, and at most 128 channels (256 on Hopper and later), as many for keys as for values.
+cuDNN needs bfloat16 or float16, and at most 128 channels (256 on Hopper and later). Keys and values must be equally
+wide.
 """
 
 import jax
@@ -17,7 +19,25 @@ def attend(
     q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride=1, centered=False, masked=True, logits_scale=None,
     implementation="cudnn",
 ):  # fmt: skip
-    """As `attend` of `halonet_jax.ops.xla`, where the stride divides the block. `implementation="xla"` runs anywhere."""
+    """Computes halo attention under the contract of `halonet_jax.ops`. The stride must divide the block.
+
+    Args:
+        q: queries [B, ceil(H / stride), ceil(W / stride), N, D].
+        k: keys [B, H, W, N, D].
+        v: values [B, H, W, N, E].
+        rel_rows: relative logits' table [2b + 2h - 1, D / 2] for rows.
+        rel_cols: likewise for columns.
+        block_size: side of a block of queries (b), in pixels of the keys' map.
+        halo_size: border around the block (h), in pixels.
+        stride: of the queries.
+        centered: whether a query sees only the window of 2h + 1 pixels that is centred on it.
+        masked: whether keys outside the map are masked; if not, they are zeros.
+        logits_scale: factor of the logits; None: D**-0.5.
+        implementation: of `jax.nn.dot_product_attention`. "xla" runs anywhere.
+
+    Returns:
+        [B, ceil(H / stride), ceil(W / stride), N, E].
+    """
     batch, height, width, heads, channels = k.shape
     rows, cols = (_axis(n, block_size, halo_size, stride, centered, masked) for n in (height, width))
     row_tables, cols_tables = rel_rows[rows["offsets"]], rel_cols[cols["offsets"]]  # [Y, R, D], [X, S, D]

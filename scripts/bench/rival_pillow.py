@@ -1,8 +1,10 @@
-"""A rival of our input pipeline: PyTorch's DataLoader with Pillow, the transforms written as torchvision and timm call it.
+"""A peer of our input pipeline: PyTorch's DataLoader with Pillow.
 
-RandAugment has all sixteen ops of `halonet_jax.data.randaugment` at the same strengths, nearest pixels and gray fill included.
-Images are resized with Pillow's bicubic filter, which averages over as many pixels as it shrinks; draws are Python's. Batches are
-uint8 [B, S, S, 3] in shared memory.
+The transforms call Pillow as torchvision and timm do.
+
+RandAugment has all sixteen operations of `halonet_jax.data.randaugment` at the same strengths, with nearest pixels and
+gray fill. Pillow's bicubic filter widens as it shrinks the image, so it averages. Random numbers are Python's. Batches
+are uint8 [B, S, S, 3] in shared memory.
 """
 
 import math
@@ -13,17 +15,23 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-GRAY = (128, 128, 128)
+_GRAY = (128, 128, 128)
 
 
 def batches(c):
-    """Endless batches, `{"image": uint8 [B, S, S, 3], "label": int64 [B]}`, from as many worker processes as cores."""
-    dataset = Photos(c)
+    """Returns endless batches, `{"image": uint8 [B, S, S, 3], "label": int64 [B]}`.
+
+    There are as many worker processes as cores.
+
+    Args:
+        c: the config's `data` block with `batch` and `cores`, see `bench_input.py`.
+    """
+    dataset = _Photos(c)
     endless = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**9)
     return iter(torch.utils.data.DataLoader(dataset, c.batch, sampler=endless, num_workers=c.cores))
 
 
-class Photos(torch.utils.data.Dataset):
+class _Photos(torch.utils.data.Dataset):
     def __init__(self, c):
         root = os.path.join(c.dir, c.train_split)
         names = sorted(os.listdir(root))
@@ -38,15 +46,15 @@ class Photos(torch.utils.data.Dataset):
         c = self.config
         with open(file, "rb") as f:
             image = Image.open(f).convert("RGB")
-        image = random_resized_crop(image, c.image_size, c.crop_scale, c.crop_ratio)
+        image = _random_resized_crop(image, c.image_size, c.crop_scale, c.crop_ratio)
         if c.flip and random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for op in random.choices(OPS, k=c.randaugment_layers):
+        for op in random.choices(_OPS, k=c.randaugment_layers):
             image = op(image, c.randaugment_magnitude)
         return {"image": torch.from_numpy(np.array(image)), "label": label}
 
 
-def random_resized_crop(image, size, scale, ratio):
+def _random_resized_crop(image, size, scale, ratio):
     width, height = image.size
     for _ in range(10):
         area = width * height * random.uniform(*scale)
@@ -60,76 +68,76 @@ def random_resized_crop(image, size, scale, ratio):
     return image.crop((left, top, left + w, top + h)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def auto_contrast(image, m):
+def _auto_contrast(image, m):
     return ImageOps.autocontrast(image)
 
 
-def equalize(image, m):
+def _equalize(image, m):
     return ImageOps.equalize(image)
 
 
-def invert(image, m):
+def _invert(image, m):
     return ImageOps.invert(image)
 
 
-def rotate(image, m):
-    return image.rotate(_sign() * 3 * m, fillcolor=GRAY)
+def _rotate(image, m):
+    return image.rotate(_sign() * 3 * m, fillcolor=_GRAY)
 
 
-def posterize(image, m):
+def _posterize(image, m):
     return ImageOps.posterize(image, min(max(int(0.4 * m), 1), 8))
 
 
-def solarize(image, m):
+def _solarize(image, m):
     return ImageOps.solarize(image, int(25.6 * m))
 
 
-def solarize_add(image, m):
+def _solarize_add(image, m):
     return image.point([min(v + int(11 * m), 255) if v < 128 else v for v in range(256)] * 3)
 
 
-def color(image, m):
+def _color(image, m):
     return ImageEnhance.Color(image).enhance(0.1 + 0.18 * m)
 
 
-def contrast(image, m):
+def _contrast(image, m):
     return ImageEnhance.Contrast(image).enhance(0.1 + 0.18 * m)
 
 
-def brightness(image, m):
+def _brightness(image, m):
     return ImageEnhance.Brightness(image).enhance(0.1 + 0.18 * m)
 
 
-def sharpness(image, m):
+def _sharpness(image, m):
     return ImageEnhance.Sharpness(image).enhance(0.1 + 0.18 * m)
 
 
-def shear_x(image, m):
+def _shear_x(image, m):
     return _warp(image, (1, _sign() * 0.03 * m, 0, 0, 1, 0))
 
 
-def shear_y(image, m):
+def _shear_y(image, m):
     return _warp(image, (1, 0, 0, _sign() * 0.03 * m, 1, 0))
 
 
-def translate_x(image, m):
+def _translate_x(image, m):
     return _warp(image, (1, 0, _sign() * min(10 * m, 0.75 * image.width), 0, 1, 0))
 
 
-def translate_y(image, m):
+def _translate_y(image, m):
     return _warp(image, (1, 0, 0, 0, 1, _sign() * min(10 * m, 0.75 * image.height)))
 
 
-def cutout(image, m):
+def _cutout(image, m):
     half = round(min(4 * m, 0.5 * min(image.size)))
     x, y = (random.randrange(side) for side in image.size)
-    image.paste(GRAY, (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height)))
+    image.paste(_GRAY, (max(x - half, 0), max(y - half, 0), min(x + half, image.width), min(y + half, image.height)))
     return image
 
 
-OPS = (
-    auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast, brightness, sharpness, shear_x,
-    shear_y, translate_x, translate_y, cutout,
+_OPS = (
+    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness,
+    _sharpness, _shear_x, _shear_y, _translate_x, _translate_y, _cutout,
 )  # fmt: skip
 
 
@@ -138,4 +146,4 @@ def _sign():
 
 
 def _warp(image, matrix):
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=GRAY)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, fillcolor=_GRAY)

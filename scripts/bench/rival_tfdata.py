@@ -1,9 +1,9 @@
-"""A rival of our input pipeline: tf.data, with its decoding that is fused with the crop, and RandAugment of TensorFlow's ops.
+"""A peer of our input pipeline: tf.data, with fused decoding and cropping, and RandAugment of TensorFlow operations.
 
-`decode_and_crop_jpeg` leaves out what lies outside of the crop. Unlike ours, images are resized in one step however much they
-shrink, without averaging, in float32, which is rounded to uint8 after it. RandAugment has all sixteen ops of
-`halonet_jax.data.randaugment` at the same strengths, nearest pixels and gray fill included, and runs only those drawn. It differs
-in that blended values are truncated, not rounded, and that draws are TensorFlow's.
+`decode_and_crop_jpeg` decodes only the crop. Unlike ours, an image is resized in one step, without averaging, however
+much it shrinks. That happens in float32, and the result is rounded to uint8. RandAugment has all sixteen operations of
+`halonet_jax.data.randaugment` at the same strengths, with nearest pixels and gray fill, and runs only the drawn ones.
+Two things differ: blended values are truncated instead of rounded, and random numbers are TensorFlow's.
 """
 
 import math
@@ -13,11 +13,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import tensorflow as tf
 
-GRAY = 128
+_GRAY = 128
 
 
 def batches(c, method):
-    """Endless batches, `{"image": uint8 [B, S, S, 3], "label": int32 [B]}`; `method` is how images are resized."""
+    """Returns endless batches, `{"image": uint8 [B, S, S, 3], "label": int32 [B]}`.
+
+    Args:
+        c: the config's `data` block with `batch` and `cores`, see `bench_input.py`.
+        method: of `tf.image.resize`, such as "bicubic".
+    """
     names = sorted(os.listdir(os.path.join(c.dir, c.train_split)))
     folders = [os.path.join(c.dir, c.train_split, name) for name in names]
     files, labels = zip(*((os.path.join(folder, f), i) for i, folder in enumerate(folders) for f in os.listdir(folder)))
@@ -41,18 +46,18 @@ def _image(file, c, method):
     if c.flip:
         image = tf.image.random_flip_left_right(image)
     for _ in range(c.randaugment_layers):
-        branches = [lambda op=op, image=image: op(image, c.randaugment_magnitude) for op in OPS]
-        image = tf.switch_case(tf.random.uniform([], 0, len(OPS), tf.int32), branches)
+        branches = [lambda op=op, image=image: op(image, c.randaugment_magnitude) for op in _OPS]
+        image = tf.switch_case(tf.random.uniform([], 0, len(_OPS), tf.int32), branches)
     return tf.ensure_shape(image, (c.image_size, c.image_size, 3))
 
 
-def auto_contrast(image, m):
+def _auto_contrast(image, m):
     low, high = (tf.cast(f(image, (0, 1)), tf.float32) for f in (tf.reduce_min, tf.reduce_max))
     scale = tf.where(high > low, 255 / tf.maximum(high - low, 1), 1.0)
     return tf.saturate_cast(tf.round((tf.cast(image, tf.float32) - tf.where(high > low, low, 0.0)) * scale), tf.uint8)
 
 
-def equalize(image, m):
+def _equalize(image, m):
     return tf.stack([_equalized(channel) for channel in tf.unstack(tf.cast(image, tf.int32), axis=-1)], axis=-1)
 
 
@@ -64,71 +69,71 @@ def _equalized(channel):
     return tf.gather(tf.cast(table, tf.uint8), channel)
 
 
-def invert(image, m):
+def _invert(image, m):
     return 255 - image
 
 
-def posterize(image, m):
+def _posterize(image, m):
     shift = 8 - min(max(int(0.4 * m), 1), 8)
     return tf.bitwise.bitwise_and(image, tf.constant(256 - (1 << shift) & 255, tf.uint8))
 
 
-def solarize(image, m):
+def _solarize(image, m):
     return image if 25.6 * m >= 256 else tf.where(image < int(25.6 * m), image, 255 - image)
 
 
-def solarize_add(image, m):
+def _solarize_add(image, m):
     added = tf.constant(min(int(11 * m), 255), tf.uint8)
     return tf.where(image < 128, image + tf.minimum(added, 255 - image), image)
 
 
-def color(image, m):
+def _color(image, m):
     return _blend(tf.cast(tf.image.rgb_to_grayscale(image), tf.float32), image, m)
 
 
-def contrast(image, m):
+def _contrast(image, m):
     return _blend(tf.round(tf.reduce_mean(tf.cast(tf.image.rgb_to_grayscale(image), tf.float32))), image, m)
 
 
-def brightness(image, m):
+def _brightness(image, m):
     return _blend(0.0, image, m)
 
 
-def sharpness(image, m):
+def _sharpness(image, m):
     kernel = tf.tile(tf.reshape([1.0, 1, 1, 1, 5, 1, 1, 1, 1], (3, 3, 1, 1)) / 13, (1, 1, 3, 1))
     smooth = tf.nn.depthwise_conv2d(tf.cast(image, tf.float32)[None], kernel, (1, 1, 1, 1), "VALID")[0]
     inner = _blend(tf.round(smooth), image[1:-1, 1:-1], m)
-    rows = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)  # the outermost pixels stay
+    rows = tf.concat([image[1:-1, :1], inner, image[1:-1, -1:]], 1)  # keep the outermost pixels
     return tf.concat([image[:1], rows, image[-1:]], 0)
 
 
-def rotate(image, m):
+def _rotate(image, m):
     angle, x = _sign() * math.radians(3 * m), (image.shape[1] - 1) / 2
     y, cos, sin = (image.shape[0] - 1) / 2, tf.cos(angle), tf.sin(angle)
     return _warp(image, [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y])
 
 
-def shear_x(image, m):
+def _shear_x(image, m):
     return _warp(image, [1.0, _sign() * 0.03 * m, 0.0, 0.0, 1.0, 0.0])
 
 
-def shear_y(image, m):
+def _shear_y(image, m):
     return _warp(image, [1.0, 0.0, 0.0, _sign() * 0.03 * m, 1.0, 0.0])
 
 
-def translate_x(image, m):
+def _translate_x(image, m):
     return _warp(image, [1.0, 0.0, _sign() * min(10 * m, 0.75 * image.shape[1]), 0.0, 1.0, 0.0])
 
 
-def translate_y(image, m):
+def _translate_y(image, m):
     return _warp(image, [1.0, 0.0, 0.0, 0.0, 1.0, _sign() * min(10 * m, 0.75 * image.shape[0])])
 
 
-def cutout(image, m):
+def _cutout(image, m):
     height, width = image.shape[:2]
     half = round(min(4 * m, 0.5 * min(height, width)))
     covered = [_near(side, half) for side in (height, width)]
-    return tf.where((covered[0][:, None] & covered[1][None])[..., None], tf.constant(GRAY, tf.uint8), image)
+    return tf.where((covered[0][:, None] & covered[1][None])[..., None], tf.constant(_GRAY, tf.uint8), image)
 
 
 def _near(side, half):
@@ -136,9 +141,9 @@ def _near(side, half):
     return (place >= centre - half) & (place < centre + half)
 
 
-OPS = (
-    auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast, brightness, sharpness, shear_x,
-    shear_y, translate_x, translate_y, cutout,
+_OPS = (
+    _auto_contrast, _equalize, _invert, _rotate, _posterize, _solarize, _solarize_add, _color, _contrast, _brightness,
+    _sharpness, _shear_x, _shear_y, _translate_x, _translate_y, _cutout,
 )  # fmt: skip
 
 
@@ -154,6 +159,6 @@ def _sign():
 def _warp(image, matrix):
     transformed = tf.raw_ops.ImageProjectiveTransformV3(
         images=image[None], transforms=tf.stack([*matrix, 0.0, 0.0])[None], output_shape=image.shape[:2],
-        fill_value=float(GRAY), interpolation="NEAREST", fill_mode="CONSTANT",
+        fill_value=float(_GRAY), interpolation="NEAREST", fill_mode="CONSTANT",
     )  # fmt: skip
     return tf.ensure_shape(transformed[0], image.shape)

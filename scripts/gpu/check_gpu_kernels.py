@@ -1,11 +1,11 @@
 """Checks the GPU kernels of halo attention without a GPU: every layer of H0 to H7, forward and backward.
 
-    python scripts/gpu/check_gpu_kernels.py                                       # lowers for CUDA; a minute, no GPU
-    pip install triton && python scripts/gpu/check_gpu_kernels.py --compile=80,90  # and compiles, for A100 and H100; minutes
+    python scripts/gpu/check_gpu_kernels.py                                       # lowers for CUDA in a minute
+    pip install triton && python scripts/gpu/check_gpu_kernels.py --compile=80,90  # also compiles for A100 and H100
 
-Lowering proves that JAX can express the kernels in Triton's language: shapes, types and powers of two. Compiling with Triton's
-own compiler, of a release near the one that JAX carries, gives registers, memory spilled for want of them, and shared memory
-for each architecture. Neither runs anything: numbers are tested by interpretation (tests/ops), speed needs a GPU.
+Lowering shows that JAX can express the kernels in Triton's language: shapes, types and powers of two. `--compile` uses
+Triton's own compiler, of a release close to the one in JAX. It gives registers, spilled memory and shared memory for
+each architecture. Nothing runs here. The tests in tests/ops check the numbers by interpretation. Speed needs a GPU.
 """
 
 import importlib.util
@@ -19,18 +19,18 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from halonet_jax.models import variants
+from halonet_jax.costs import floors
 from halonet_jax.ops import halo_attention
 
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # of a program, by compute capability (CUDA C++ guide)
-_MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "recipes in configs/")
-flags.register_validator("models", lambda names: set(names) <= {f"h{n}" for n in range(8)}, "known: h0 to h7")
-_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "of the computation")
-_COMPILE = flags.DEFINE_list("compile", [], "compute capabilities, such as 80 (A100), 89 (L4, RTX 40), 90 (H100)")
-_BATCH = flags.DEFINE_integer("batch", 8, "images")
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # by compute capability (CUDA C++ guide)
+_MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "Models, of the recipes in configs/.")
+flags.register_validator("models", lambda names: set(names) <= set(floors.IMAGE_SIZES), "known: h0 to h7")
+_DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Dtypes of the computation.")
+_COMPILE = flags.DEFINE_list("compile", [], "Compute capabilities to compile for: 80 (A100), 89 (L4, RTX 40), 90 (H100).")
+_BATCH = flags.DEFINE_integer("batch", 8, "Images.")
 
 
-def main(_):
+def _main(_):
     failed = 0
     for name, layer in layers(_MODELS.value).items():
         for dtype in _DTYPES.value:
@@ -38,7 +38,7 @@ def main(_):
             for kernel, module, warps, stages in kernels:
                 line = f"{name} {dtype} {kernel}: {warps} warps, {stages} stages"
                 for capability in map(int, _COMPILE.value):
-                    registers, spilled, shared = compile_triton(module, capability, warps, stages)
+                    registers, spilled, shared = _compile_triton(module, capability, warps, stages)
                     bad = shared > SHARED_KIB[capability] * 1024
                     failed += bad
                     line += (
@@ -49,26 +49,44 @@ def main(_):
 
 
 def layers(models) -> dict[str, dict]:
-    """Keyword arguments of `lower` by name, each shape once."""
+    """Returns the attention layers of models, each shape once.
+
+    Args:
+        models: names of models, such as ["h0", "h4"].
+
+    Returns:
+        Keyword arguments of `lower`, by a name such as "h4 stage 1 stride 1".
+    """
     found = {}
     for model in models:
-        variant, size = variants.resolve(model), -(-_image_size(model) // 4)
-        for stage, heads in enumerate(variant["num_heads"]):
-            width = variant["base_width"] * 2**stage
+        for n in floors.attention_layers(model):
             shape = dict(
-                heads=heads, channels=width // heads, values=int(width * variant["value_ratio"]) // heads,
-                block_size=variant["block_size"], halo_size=variant["halo_size"],
+                size=n.height, stride=n.stride, heads=n.num_heads, channels=n.channels // n.num_heads,
+                values=n.value_channels // n.num_heads, block_size=n.block_size, halo_size=n.halo_size,
             )  # fmt: skip
-            for stride in (1,) if stage == 0 else (2, 1):
-                layer = dict(shape, size=size, stride=stride)
-                if variant["stage_kinds"][stage] == "attention" and layer not in found.values():
-                    found[f"{model} stage {stage + 1} stride {stride}"] = layer
-                size = -(-size // stride)
+            if shape not in found.values():
+                found[f"{model} stage {n.stage} stride {n.stride}"] = shape
     return found
 
 
 def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype, batch=1, **options):
-    """Lowers forward and backward for CUDA. Returns name, module (MLIR bytecode), warps and stages of each kernel."""
+    """Lowers the forward and the backward pass for CUDA.
+
+    Args:
+        size: side of the map of keys, in pixels.
+        heads: number of heads.
+        channels: of queries and keys, per head.
+        values: channels of the values, per head.
+        block_size: side of a block of queries, in pixels.
+        halo_size: border around the block, in pixels.
+        stride: of the queries.
+        dtype: of queries, keys and values.
+        batch: images.
+        **options: further arguments of `halo_attention`.
+
+    Returns:
+        (name, module as MLIR bytecode, warps, stages) of each kernel.
+    """
     small, table = -(-size // stride), (2 * block_size + 2 * halo_size - 1, channels // 2)
     shapes = (batch, small, small, heads, channels), (batch, size, size, heads, channels), (batch, size, size, heads, values)
     arrays = *(jax.ShapeDtypeStruct(s, dtype) for s in shapes), *(jax.ShapeDtypeStruct(table, jnp.float32),) * 2
@@ -79,7 +97,7 @@ def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype
         )
         return out.astype(jnp.float32).sum()
 
-    # Newer JAX asks for the GPU that it is for, though what it writes is the same for all.
+    # Newer JAX needs the GPU's name, though the result is the same for all.
     gpu = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("data",), abstract_device=gpu)):
         text = jax.jit(jax.grad(loss, argnums=range(5))).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -88,8 +106,8 @@ def lower(*, size, heads, channels, values, block_size, halo_size, stride, dtype
     return [(name, unescape(ir), int(warps), int(stages)) for ir, name, stages, warps in re.findall(pattern, text)]
 
 
-def compile_triton(module: bytes, capability: int, warps: int, stages: int):
-    """Registers of a thread, bytes that it spills, and bytes of shared memory of a program."""
+def _compile_triton(module: bytes, capability: int, warps: int, stages: int):
+    """Returns registers and spilled bytes of a thread, and bytes of shared memory of a program."""
     if importlib.util.find_spec("triton") is None:
         raise SystemExit("error: --compile needs Triton; pip install triton")
     import triton
@@ -108,7 +126,7 @@ def compile_triton(module: bytes, capability: int, warps: int, stages: int):
         parsed = ir.parse_mlir_module(str(path), context)
         parsed.context = context
         backend.add_stages(passes, backend.parse_options(dict(options)), Language.TRITON)
-        path.write_text(str(passes["ttir"](parsed, {})))  # `triton.compile` leaves out this step
+        path.write_text(str(passes["ttir"](parsed, {})))  # `triton.compile` skips this step
         kernel = triton.compile(str(path), target=target, options=options)
         path.write_bytes(kernel.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -118,7 +136,7 @@ def compile_triton(module: bytes, capability: int, warps: int, stages: int):
 
 
 def _as_text(module):
-    """Bytecode belongs to one build of MLIR, text does not."""
+    """Returns MLIR as text. Only the build of MLIR that wrote bytecode can read it."""
     from jaxlib.mlir import ir
     from jaxlib.triton import dialect
 
@@ -128,13 +146,5 @@ def _as_text(module):
         return ir.Module.parse(module).operation.get_asm()
 
 
-def _image_size(model):
-    path = Path(__file__).parents[2] / "configs" / f"{model}.py"
-    spec = importlib.util.spec_from_file_location(model, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().data.image_size
-
-
 if __name__ == "__main__":
-    app.run(main)
+    app.run(_main)

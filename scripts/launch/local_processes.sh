@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Several processes of one run on this machine, joined over loopback: how a pod or a cluster runs, tried on a laptop.
+# Starts several processes of one run on this machine, joined over loopback. Use it to try the set-up of a pod.
 #
-#   scripts/launch/local_processes.sh PROCESSES DEVICES -- MODULE ARGUMENTS...          DEVICES virtual CPU devices each
-#   scripts/launch/local_processes.sh --gpu PROCESSES DEVICES -- MODULE ARGUMENTS...    DEVICES GPUs each
+#   scripts/launch/local_processes.sh PROCESSES DEVICES -- MODULE ARGUMENTS...        DEVICES virtual CPU devices each
+#   scripts/launch/local_processes.sh --gpu PROCESSES DEVICES -- MODULE ARGUMENTS...  DEVICES GPUs each
 #
 #   scripts/launch/local_processes.sh 2 2 -- halonet_jax.train --config=configs/digits.py --workdir="$PWD/runs/two"
 #   scripts/launch/local_processes.sh --gpu 8 1 -- halonet_jax.train --config=configs/h0.py --workdir="$PWD/runs/h0"
 #
-# A machine with several GPUs needs none of this: one plain `python -m halonet_jax.train …` drives them all.
-# SIGTERM and Ctrl-C reach every process. When one fails the others are ended; the exit code is that of the first to fail.
+# A machine with several GPUs does not need this: one plain `python -m halonet_jax.train …` uses them all.
+# SIGTERM and Ctrl-C reach every process. If one fails, the others are ended. The exit code is that of the first
+# failure.
 set -euo pipefail
 
 fail() { echo "error: $1" >&2 && exit 2; }
@@ -44,7 +45,7 @@ while ((${#pids[@]})); do
     status=0
     wait "$pid" || status=$?
     if ((status && !code)); then
-      # After 75 the others are about to save and end by themselves; after anything else they wait for one that is gone.
+      # After 75 the others are saving and end by themselves. After any other code they wait for the missing process.
       code=$status deadline=$((SECONDS + (status == 75 ? 120 : 20)))
       ((status == 75)) || kill -TERM "${pids[@]}" 2>/dev/null || true
     fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Cloud TPU slices: creates one, installs this repository on its hosts, and runs one command on all of them.
-# `scripts/launch/pod.sh --help` is the manual; docs/tpu_pods.md is the whole way to a trained model.
+# Cloud TPU slices: creates a slice, installs this repository on its hosts, and runs one command on all of them.
+# `scripts/launch/pod.sh --help` is the manual. docs/tpu_pods.md describes all steps to a trained model.
 set -euo pipefail
 
 usage() {
@@ -8,35 +8,36 @@ usage() {
 Usage: scripts/launch/pod.sh COMMAND --name=NAME --zone=ZONE [OPTIONS] [-- ARGUMENTS]
 
 Commands
-  create   asks for a slice through the queue (queued resources) and waits until it is ready
+  create   requests a slice through the queue (queued resources) and waits until it is ready
   install  copies a commit to every host, makes a Python environment there, runs --setup
-  run      starts `python -m halonet_jax.train ARGUMENTS` on every host; it goes on when your connection ends
-  resume   keeps `run` going to its end: creates and installs where there is no slice, does so again after a pre-emption,
-           starts again after exit codes 69, 75, 134, 137, 139, 143. Ends with the run's exit code. Keep it alive (tmux).
+  run      starts `python -m halonet_jax.train ARGUMENTS` on every host; it continues when your connection ends
+  resume   repeats `run` until the training ends. Creates and installs the slice if there is none, and again after a
+           pre-emption. Starts again after exit codes 69, 75, 134, 137, 139, 143. Ends with the run's exit code. Keep it
+           alive (tmux).
   logs     follows the log of --worker
   status   state of the slice, of the run on each host, and the last log line
-  stop     SIGTERM to the run on every host: it saves its state and ends
-  ssh      a shell on --worker, or runs the words after -- there
+  stop     sends SIGTERM to the run on every host: it saves its state and ends
+  ssh      opens a shell on --worker, or runs the command after -- there
   delete   deletes the slice with everything on its disks
 
-Options; those marked * may come from the environment: POD_NAME, POD_ZONE, POD_PROJECT, POD_ACCELERATOR_TYPE
-  --name=NAME              * of the slice and of its queued request
-  --zone=ZONE              * such as us-west4-a
-  --project=PROJECT        * default: gcloud's own
-  --accelerator-type=TYPE  * such as v5litepod-64, v4-32, v5p-32, v6e-64 (create, resume)
+Options; those marked * may come from environment variables: POD_NAME, POD_ZONE, POD_PROJECT, POD_ACCELERATOR_TYPE
+  --name=NAME              * name of the slice and of its queued request
+  --zone=ZONE              * zone, such as us-west4-a
+  --project=PROJECT        * default: gcloud's project
+  --accelerator-type=TYPE  * type, such as v5litepod-64, v4-32, v5p-32, v6e-64 (create, resume)
   --runtime-version=NAME     default: the one for the type
-  --spot                     cheaper, may be taken away at any time (create, resume)
+  --spot                     use a spot slice: cheaper, may be pre-empted at any time (create, resume)
   --create-flags="FLAGS"     more flags of `gcloud compute tpus queued-resources create`
-  --revision=REVISION        commit to install; default HEAD. What is not committed is not copied.
-  --python=VERSION           default 3.12; fetched on the hosts, whose own is too old
-  --setup="COMMAND"          run by bash on every host at the end of install, such as a copy of the data
+  --revision=REVISION        commit to install; default HEAD. Uncommitted changes are not copied.
+  --python=VERSION           default 3.12; downloaded on the hosts, because their own is too old
+  --setup="COMMAND"          command for bash on every host at the end of install, such as a copy of the data
   --module=MODULE            default halonet_jax.train
   --worker=N|all             host for logs and ssh; default 0
-  --poll=SECONDS             between looks at the state; default 60
-  --dry-run                  print what would be run, run nothing
+  --poll=SECONDS             time between checks of the state; default 60
+  --dry-run                  print the commands, run nothing
   --yes                      delete without asking
 
-Example: the whole run on a spot slice, from nothing to its end
+Example: a complete run on a spot slice
   scripts/launch/pod.sh resume --name=h4 --zone=us-west4-a --accelerator-type=v5litepod-64 --spot -- \
     --config=configs/h4.py --workdir=gs://BUCKET/runs/h4 --config.data.dir=gs://BUCKET/tensorflow_datasets
 END
@@ -45,7 +46,7 @@ END
 fail() { printf 'error: %s\n' "$1" >&2 && exit "${2:-2}"; }
 say() { printf '%s %s\n' "$(date +%H:%M:%S)" "$1" >&2; }
 
-# Every command that acts goes through this. Quotes are such that the printed line can be pasted.
+# Runs a command, or prints it in a dry run. The printed line is quoted for pasting.
 do_() {
   if [[ ! $dry_run ]]; then
     "$@"
@@ -74,8 +75,9 @@ runtime_version() {
   esac
 }
 
-# One word: ABSENT, the request's state, once that is ACTIVE the slice's own (GONE: none), or UNKNOWN. Lists, because for
-# them an exit code tells "nothing there" from "could not ask", which must never look like a pre-emption.
+# Prints one word: ABSENT, the state of the request, or UNKNOWN. Once the request is ACTIVE, it prints the slice's state
+# (GONE: no slice). It uses `list`, because its exit code tells "nothing there" from "could not ask". The latter must
+# never look like a pre-emption.
 slice_state() {
   local state
   state=$(tpus queued-resources list --filter="name~/$name\$" --format="value(state.state)") || state=UNKNOWN
@@ -106,7 +108,7 @@ delete_slice() { tpus queued-resources delete "$name" --force --quiet; }
 
 # --- the run
 
-# Three folders of the home: the code, its environment (kept, so that a second install is quick), the run's log and state.
+# Uses three folders of the home: the code, its environment (kept for a quick second install), the run's log and state.
 install() {
   local commit archive=${TMPDIR:-/tmp}/halonet_jax-$name.tar.gz script
   commit=$(git -C "$root" rev-parse --short "$revision^{commit}" 2>/dev/null) ||
@@ -136,7 +138,7 @@ END
 
 run() { worker_script "start \$HOME/halonet_venv/bin/python -m $module$(printf ' %q' "${arguments[@]}")"; }
 
-# Reads the status lines of all hosts, says in one or two words what the run as a whole is.
+# Reads the status lines of all hosts and prints the state of the whole run in one or two words.
 verdict() {
   local states bad
   states=$(sed -n 's/^halonet [^ ]* //p')
@@ -149,7 +151,7 @@ verdict() {
   elif has 'stopped .*'; then
     has running && echo running || echo stopped
   elif [[ $bad ]]; then
-    echo "final ${bad#exited }" # of one host; the others lost a peer and mean nothing
+    echo "final ${bad#exited }" # of one host; the codes of the others only say that they lost a peer
   elif has running; then
     has 'exited .*|lost|idle' && echo torn || echo running
   elif has 'idle'; then
@@ -167,15 +169,15 @@ all_workers_status() {
 
 resume() {
   if [[ $dry_run ]]; then
-    echo "# looked at every $poll s:" && tpus queued-resources list --filter="name~/$name\$" --format="value(state.state)"
+    echo "# checked every $poll s:" && tpus queued-resources list --filter="name~/$name\$" --format="value(state.state)"
     tpus tpu-vm list --filter="name~/$name\$" --format="value(state)" && all_workers_status
-    echo "# where the slice was pre-empted:" && delete_slice
-    echo "# where there is no slice, after that too:" && create && install
-    echo "# where nothing runs, or after an exit code that allows it:" && run
+    echo "# if the slice was pre-empted:" && delete_slice
+    echo "# if there is no slice, and after that:" && create && install
+    echo "# if nothing runs, or after an exit code that allows it:" && run
     return
   fi
-  # Counted in looks: since the run was started; in a row that the slice looked gone, or that hosts disagreed; starts in a
-  # row that ended soon.
+  # looks: checks since the run was started. gone, torn: checks in a row in which the slice was gone, or the hosts
+  # disagreed. short: starts in a row that ended soon.
   local looks=0 gone=0 torn=0 short=0 state now
   # shellcheck disable=SC2329 # called through try
   begin() { run && say "run started" && looks=0; }
@@ -183,7 +185,7 @@ resume() {
   equip() { install && begin; }
   # shellcheck disable=SC2329
   renew() { create && equip; }
-  try() { "$@" || say "'$*' failed, see above; looking again"; } # a slice may be taken away at any moment
+  try() { "$@" || say "'$*' failed, see above; looking again"; } # a slice may be pre-empted at any moment
   while true; do
     state=$(slice_state)
     case $state in
@@ -200,9 +202,9 @@ resume() {
       absent) say "no slice: creating one" && try renew ;;
       bare) say "not installed yet" && try equip ;;
       idle) try begin ;;
-      gone) # seen twice, because deleting cannot be undone
+      gone) # must be seen twice, because deleting cannot be undone
         if ((++gone > 1)); then
-          say "slice is $state: deleting it and creating it anew"
+          say "slice is $state: deleting it and creating a new one"
           try delete_slice # its next state is ABSENT
         fi
         ;;
@@ -217,7 +219,7 @@ resume() {
       stopped) say "stopped by 'pod.sh stop'; 'pod.sh run' starts it again" && exit 75 ;;
       "final 0") say "done" && exit 0 ;;
       final*)
-        say "exit code ${now#final }, which the same command would meet again; the end of the logs:"
+        say "exit code ${now#final }; the same command would fail again; the end of the logs:"
         on_workers all "tail -n 3 \$HOME/halonet_run/log" || true
         exit "${now#final }"
         ;;
@@ -248,12 +250,12 @@ while (($#)); do
     --spot | --dry-run | --yes) key=${1#--} value=1 ;;
     --*=*) key=${1%%=*} key=${key#--} value=${1#*=} ;;
     --?*) (($# > 1)) || fail "$1 has no value; write $1=VALUE" && key=${1#--} value=$2 && shift ;;
-    *) fail "unknown argument '$1'; options look like --name=NAME, and what the training gets comes after --" ;;
+    *) fail "unknown argument '$1'; options look like --name=NAME; arguments of the training come after --" ;;
   esac
   case $key in
     name | zone | project | accelerator-type | runtime-version | spot | create-flags | revision | python | setup | module | \
       worker | poll | dry-run | yes) printf -v "${key//-/_}" %s "$value" ;;
-    *) fail "unknown option --$key; what the training gets comes after --, 'scripts/launch/pod.sh --help' lists the others" ;;
+    *) fail "unknown option --$key; arguments of the training come after --, 'scripts/launch/pod.sh --help' lists the others" ;;
   esac
   shift
 done
@@ -270,13 +272,13 @@ if [[ $command == create || $command == resume ]]; then
 fi
 if [[ $command == run || $command == resume ]]; then
   [[ " ${arguments[*]-}" =~ \ --workdir[=\ ](gs://[^/]|/) ]] ||
-    fail "every host needs the same --workdir, on gs:// or an absolute path that all share; give -- --workdir=gs://BUCKET/RUN"
+    fail "every host needs the same --workdir, on gs:// or an absolute shared path; give -- --workdir=gs://BUCKET/RUN"
 fi
 [[ $dry_run ]] || command -v gcloud >/dev/null ||
   fail "gcloud is not installed; see https://cloud.google.com/sdk/docs/install, or use --dry-run"
 
 case $command in
-  create) create || fail "slice $name was not made; its last state and gcloud's messages are above" 1 ;;
+  create) create || fail "slice $name was not created; its last state and gcloud's messages are above" 1 ;;
   status)
     if [[ $dry_run ]]; then
       tpus queued-resources list --filter="name~/$name\$" --format="value(state.state)"
@@ -294,7 +296,7 @@ case $command in
     ;;
   delete)
     if [[ ! $yes && ! $dry_run ]]; then
-      read -rp "Delete slice $name in $zone, with all on its disks? Type its name: " answer || answer=
+      read -rp "Delete slice $name in $zone with everything on its disks? Type its name: " answer || answer=
       [[ $answer == "$name" ]] || fail "not deleted; type the name, or give --yes" 1
     fi
     delete_slice

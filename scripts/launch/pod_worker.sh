@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What pod.sh runs on each host of a slice: keeps one command going after the ssh connection is gone.
+# pod.sh runs this on each host of a slice. It keeps one command running after the ssh connection ends.
 #
-#   pod_worker.sh start COMMAND...   starts it, detached; output goes to ~/halonet_run/log, its exit code to exit_code
+#   pod_worker.sh start COMMAND...   starts it detached; output goes to ~/halonet_run/log, the exit code to exit_code
 #   pod_worker.sh status             one line: halonet HOST idle|running|lost|exited CODE|stopped CODE
 #   pod_worker.sh end SECONDS        SIGTERM; SIGKILL if it has not ended after SECONDS
-#   pod_worker.sh stop SECONDS       the same, marked as wished, so that `pod.sh resume` does not start it again
+#   pod_worker.sh stop SECONDS       the same, and notes it, so that `pod.sh resume` does not start it again
 set -euo pipefail
 
 dir=$HOME/halonet_run
 mkdir -p "$dir"
 
-# By the name too: after a reboot another process may have the number.
+# Checks the name too: after a reboot another process may have the number.
 alive() { pid=$(cat "$dir/pid" 2>/dev/null) && grep -q pod_worker "/proc/$pid/cmdline" 2>/dev/null; }
 
 status() {
@@ -20,12 +20,12 @@ status() {
   elif [[ -f $dir/exit_code ]]; then
     state="$([[ -f $dir/stopped ]] && echo stopped || echo exited) $(cat "$dir/exit_code")"
   elif [[ -f $dir/pid ]]; then
-    state=lost # the host went down, and the command with it
+    state=lost # the host went down with the command
   fi
   echo "halonet $(hostname) $state"
 }
 
-# `pkill -P` reaches the command and not this script, which has to stay and write the exit code down.
+# `pkill -P` reaches the command but not this script, which must still write the exit code.
 end() {
   alive || return 0
   pkill -TERM -P "$pid" || true
@@ -54,7 +54,7 @@ case $command in
     echo $$ >"$dir/pid"
     cd "$(dirname "$0")/../.."
     echo "--- $(date -u +%FT%TZ) revision $(cat REVISION 2>/dev/null || echo unknown): $*"
-    trap : TERM # when the host shuts down: wait for the command, which saves its state on the same signal
+    trap : TERM # at shutdown, wait for the command: it saves its state on the same signal
     code=0
     "$@" || code=$?
     echo "--- $(date -u +%FT%TZ) exit code $code"

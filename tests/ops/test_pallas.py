@@ -111,6 +111,17 @@ def test_each_device_attends_its_part_of_the_batch(attend):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5, rtol=0), results, expected)
 
 
+@pytest.mark.parametrize("attend", (tpu.attend, gpu.attend), ids=name)
+def test_vmap_adds_a_batch_axis(attend):
+    """Also where an input has none."""
+    inputs = make_inputs(0, 4, 4, 4, 1, batch=2)
+    f = functools.partial(halo_attention, block_size=4, halo_size=1, implementation=attend)
+    mapped = jax.jit(jax.vmap(f, in_axes=(0, None, 1, None, None)))
+    q, k, v, *tables = inputs
+    out = mapped(jnp.stack([q, 2 * q]), k, jnp.stack([v, v + 1], axis=1), *tables)
+    np.testing.assert_allclose(out, jnp.stack([f(q, k, v, *tables), f(2 * q, k, v + 1, *tables)]), atol=1e-5)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_compiles_for_tpu():
     """Over two chips, forward and backward, in a process of its own: libtpu changes how signals are handled."""
