@@ -22,30 +22,23 @@ from absl import logging
 from etils import epath
 
 STATE, RECORD = "state", "position"  # names of Orbax's items, which are names of folders
+_UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # part of the name of a folder that is being written
 
 
-class StepNames(ocp.path.step.NameFormat):
-    """Finds the finished checkpoints of a folder, named by their step, while another process may add and delete some."""
+def finished_steps(directory: epath.Path) -> list[int]:
+    """Returns the steps of the finished checkpoints, the oldest first. Another process may add and delete some meanwhile.
 
-    def build_name(self, step: int) -> str:
-        """Returns the name of a step's folder."""
-        return str(step)
+    Args:
+        directory: of the checkpoints. If it does not exist, there are none.
 
-    def find_all(self, base_path: epath.PathLike) -> list[ocp.path.step.Metadata]:
-        """Returns step and path of each finished checkpoint, by step; none where the folder does not exist."""
-        try:
-            paths = [path for path in epath.Path(base_path).iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
-        except FileNotFoundError:
-            return []
-        paths = [path for path in paths if is_finished(path)]
-        return sorted((ocp.path.step.Metadata(int(path.name), path) for path in paths), key=lambda found: found.step)
-
-    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
-        """Returns step and path of one checkpoint; raises ValueError where it is not there."""
-        path = epath.Path(base_path) / str(step)
-        if not is_finished(path):
-            raise ValueError(f"no checkpoint {path}")
-        return ocp.path.step.Metadata(step, path)
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name) and is_finished(directory / name))
 
 
 def is_finished(path: epath.Path) -> bool:
@@ -60,17 +53,35 @@ def is_finished(path: epath.Path) -> bool:
         return False
 
 
-def delete_unfinished(directory: epath.Path) -> None:
-    """Deletes what saves left behind that were interrupted. Must not run beside another process that saves.
+def delete(path: epath.Path) -> None:
+    """Deletes a checkpoint. It is renamed first, so that no reader takes a part of it for the whole.
 
     Args:
-        directory: folder of the checkpoints.
+        path: a step's folder.
+
+    Raises:
+        OSError: it cannot be deleted.
     """
-    for name in ocp.path.step.tmp_checkpoints(directory):
-        try:
-            (directory / name).rmtree()
-        except OSError as error:
-            logging.warning("An unfinished checkpoint cannot be deleted: %s", error)
+    if "://" not in str(path):  # a bucket renames by copying
+        path = path.rename(path.with_name(f"{path.name}{_UNFINISHED}-deleted"))
+    path.rmtree()
+
+
+def delete_unfinished(directory: epath.Path) -> None:
+    """Deletes what interrupted saves and deletions left behind. No other process may save meanwhile.
+
+    Args:
+        directory: of the checkpoints.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    for path in directory.iterdir():
+        if _UNFINISHED in path.name or path.name.isdecimal() and path.is_dir() and not is_finished(path):
+            try:
+                path.rmtree()
+            except OSError as error:
+                logging.warning("An unfinished checkpoint cannot be deleted: %s", error)
 
 
 # --- arrays
