@@ -19,11 +19,12 @@ _CAUSES = (
         "permission.denied|not permitted|read-only file system|unauthenticated|forbidden",
         "give this user permission to write there",
     ),
+    ((errno.ENAMETOOLONG,), "name too long", "give a workdir with a shorter path"),
     ((errno.EISDIR, errno.ENOTDIR), "is a directory|not a directory", "move away what is in its place"),
     (
         (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE),
         "no such file|not.found|already exists|not empty|stale file",
-        "see that no other process moves, deletes or writes files there",
+        "check that no other process moves, deletes or writes files there",
     ),
 )
 
@@ -40,7 +41,7 @@ def remedy(error: BaseException) -> str:
     for known, words, advice in _CAUSES:
         if numbers & set(known) or not numbers and re.search(words, text, re.IGNORECASE):
             return advice
-    return "see that the storage works"
+    return "check that the storage works"
 
 
 def reason(error: BaseException) -> str:
@@ -69,7 +70,9 @@ class LiteralPath(gpath.PosixGPath):
         """
         found = [self]
         for part in pattern.split("/"):
-            found = [child for path in found if path.is_dir() for child in path.iterdir() if fnmatch.fnmatchcase(child.name, part)]
+            found = [
+                child for path in found if path.is_dir() for child in path.iterdir() if fnmatch.fnmatchcase(child.name, part)
+            ]
         return iter(found)
 
 

@@ -36,7 +36,7 @@ class Checkpointer(Reader):
         directory: the path.
 
     Raises:
-        ConfigError: `directory` is a file, or a link to nothing.
+        ConfigError: `directory` is a file or a link to nothing, or it has a backslash.
         StorageError: `directory` cannot be created or listed.
     """
 

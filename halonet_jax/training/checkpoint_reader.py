@@ -49,14 +49,14 @@ class Reader:
         directory: the path.
 
     Raises:
-        ConfigError: `directory` is a file, or a link to nothing.
+        ConfigError: `directory` is a file or a link to nothing, or it has a backslash.
         StorageError: `directory` cannot be listed.
     """
 
     def __init__(self, directory: str | epath.Path):
         self.directory = storage.LiteralPath(directory)
         try:
-            _check_is_folder(self.directory)
+            _check_path(self.directory)
             self._list()
         except OSError as error:
             raise self._cannot_open(error) from None
@@ -148,7 +148,7 @@ class Reader:
         names = carry_over.match(described, wanted)
         wrong = sorted(name for name in described | wanted if name.split("/")[0] in strict and names.get(name) != name)
         if wrong:
-            show = lambda arrays: f"{x.dtype}{list(x.shape)}" if (x := arrays.get(wrong[0])) else "absent"
+            show = lambda arrays: f"{x.dtype}{list(x.shape)}" if (x := arrays.get(wrong[0])) is not None else "absent"
             raise CheckpointError(
                 f"{self._path(step)} does not fit the config: {wrong[0]} is {show(described)} there and {show(wanted)} by the "
                 f"config ({len(wrong)} arrays differ); use the config that wrote it, or another workdir"
@@ -199,7 +199,9 @@ class Reader:
         return max(self._steps) if step is None else step
 
 
-def _check_is_folder(directory):
+def _check_path(directory):
+    if "\\" in str(directory):
+        raise ConfigError(f"{directory} has a backslash, which checkpoints cannot have in their path; give another --workdir")
     if os.path.islink(directory) and not directory.exists():
         raise ConfigError(
             f"{directory} is a link to {os.readlink(directory)}, which does not exist; make that folder, or delete the link"
