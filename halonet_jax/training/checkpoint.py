@@ -53,7 +53,9 @@ class Checkpointer(Reader):
         except OSError as error:
             raise self._cannot_open(error) from None
         handlers = {files.STATE: ocp.PyTreeCheckpointHandler(), files.RECORD: ocp.JsonCheckpointHandler()}
-        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers))
+        # With folders created in the background, a folder that cannot be created would leave threads waiting for minutes.
+        at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**handlers), async_options=at_once)
 
     def _list(self):
         super()._list()
