@@ -21,7 +21,7 @@ from ml_collections import config_flags
 from halonet_jax import __version__, command_line, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.errors import Stopped
-from halonet_jax.runtime import distributed, plots, profiling, reporting, stopping
+from halonet_jax.runtime import distributed, lease, plots, profiling, reporting, stopping
 from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.tasks.inputs import Inputs
 from halonet_jax.training import checkpoint, loop, programs, sharding
@@ -102,7 +102,7 @@ def prepare(
     Returns:
         The run, the state to start from, and the progress that belongs to it.
     """
-    clock = reporting.StartUpClock()
+    clock = profiling.StartUpClock()
     is_writer = jax.process_index() == 0
     distributed.check_same("config or version", config_lib.to_json(config) + __version__ + jax.__version__)
 
@@ -121,6 +121,7 @@ def prepare(
     last_step = min(total_steps, config.max_steps or total_steps)
     watchdog.doing("opening the workdir")
     workdir = stop.interruptible(lambda: workdir_lib.open_workdir(config, workdir))
+    stop.interruptible(lambda: stack.enter_context(lease.hold(workdir)))
     workdir_lib.use_compile_cache(workdir)
     _warn_of_batch_norm_groups(config)
     clock.lap("data")
@@ -147,7 +148,7 @@ def prepare(
         _print_start(config, state, len(train_source), metadata, start_step, last_step, program)
     reporter = reporting.Reporter(
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
-        tensorboard=config.tensorboard,
+        tensorboard=config.tensorboard, primary_metric=task.primary_metric,
     )  # fmt: skip
     stack.callback(reporter.close)
     profile = profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer)
@@ -179,7 +180,7 @@ def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) 
         return Result(stopping.EXIT_PREEMPTED, outcome.step, newest, best_step, str(run.workdir))
     if is_writer:
         try:
-            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
+            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png", metric)
         except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
             logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
         results = outcome.evaluation or newest

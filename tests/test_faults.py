@@ -177,7 +177,7 @@ def test_full_disk_at_the_start(workdir):
 def test_full_disk_while_reporting(workdir):
     size = (workdir / "config.json").stat().st_size + 100
     message = error(train_with_files_up_to(size, workdir, log_every_steps=1, checkpoint_every_steps=100))
-    assert f"{workdir}/metrics.jsonl cannot be written" in message and "the last checkpoint stands: make room" in message
+    assert f"{workdir}/metrics.jsonl cannot be written" in message and "the last checkpoint is safe: make room" in message
     assert checkpoints(workdir) == [8, 12]
 
 

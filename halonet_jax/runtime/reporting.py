@@ -1,25 +1,30 @@
-"""Reports of a run: `metrics.jsonl`, TensorBoard beside it, and a progress line on the terminal."""
+"""Reports the progress of a run: `metrics.jsonl`, TensorBoard files, and lines on the terminal."""
 
-import concurrent.futures
 import contextlib
 import json
 import math
 import os
+import re
 import time
+from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
-from halonet_jax import STARTED
 from halonet_jax.errors import NonFiniteLoss, StorageError
+from halonet_jax.runtime import storage
+from halonet_jax.runtime.tensorboard import TensorBoard
 
 
 class StepMetrics:
     """Collects the metrics of every step since the last report.
 
     They stay on the device until a report or a checkpoint asks for them, so that steps are dispatched ahead. They are part of
-    a checkpoint: a resumed run's next report then covers the very steps that it would have covered.
+    a checkpoint, so that a resumed run's next report covers the same steps as that of an undisturbed run.
+
+    Args:
+        collected: from a checkpoint.
     """
 
     IN_FLIGHT = 2  # steps dispatched ahead; more would only hold memory
@@ -29,16 +34,21 @@ class StepMetrics:
         self._device = []
 
     def append(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds the metrics of `step`; blocks until the step `IN_FLIGHT` before it is done."""
+        """Adds the metrics of a step. Waits until the step `IN_FLIGHT` before it is done.
+
+        Args:
+            step: its number.
+            metrics: float scalars, "loss" and "grad_norm" among them.
+        """
         self._device.append((step, metrics))
         if len(self._device) > self.IN_FLIGHT:
             jax.block_until_ready(self._device[-1 - self.IN_FLIGHT])
 
     def collected(self) -> list[dict[str, float]]:
-        """The metrics of each step, as Python floats.
+        """Returns a new list of the metrics of each step, as Python floats.
 
         Raises:
-            NonFiniteLoss: naming the first step whose loss or gradient norm is not finite.
+            NonFiniteLoss: the loss or gradient norm of a step is not finite. The error names the first such step.
         """
         for step, metrics in jax.device_get(self._device):
             metrics = {key: float(value) for key, value in metrics.items()}
@@ -46,42 +56,35 @@ class StepMetrics:
                 raise NonFiniteLoss(step, f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
             self._host.append(metrics)
         self._device.clear()
-        return self._host
+        return list(self._host)
 
     def pop_means(self) -> dict[str, float]:
-        """Means over the steps since the last call, as "train/…"."""
+        """Returns the means over the steps since the last call, as "train/<metric>".
+
+        Raises:
+            NonFiniteLoss: as for `collected`.
+        """
         collected, self._host = self.collected(), []
         return {f"train/{key}": math.fsum(m[key] for m in collected) / len(collected) for key in collected[0]}
 
 
-class StartUpClock:
-    """What the time from the start of the process to the first step goes into."""
-
-    def __init__(self):
-        self._laps, self._since = {}, STARTED
-        self.lap("imports and devices")
-
-    def lap(self, name: str) -> None:
-        """Ends a part."""
-        now = time.monotonic()
-        self._laps[name], self._since = now - self._since, now
-
-    def finish(self, name: str) -> None:
-        """Ends the last part and prints all; once only."""
-        if self._laps:
-            self.lap(name)
-            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._laps.items())
-            if jax.process_index() == 0:
-                print(f"first step done after {self._since - STARTED:.1f} s: {parts}", flush=True)
-        self._laps = {}
-
-
 class Reporter:
-    """Writes reports under `workdir`. On hosts other than the first, everything is a no-op.
+    """Writes reports under `workdir` and prints progress.
 
-    `metrics.jsonl` holds one JSON object a report, with "step" first. Reports of steps after `start_step`, left by a run that
-    died later than its last checkpoint, are dropped: their steps are run again. Where that leaves none, because there is no
-    checkpoint, the old file stays as `metrics.jsonl.bak`.
+    `metrics.jsonl` holds one JSON object per report, with "step" first. A run that dies after its last checkpoint leaves reports
+    of steps that are done again. They are dropped. If no report is left, the old file stays as `metrics.jsonl.bak`.
+
+    Args:
+        workdir: of the run.
+        start_step: number of steps done.
+        last_step: after which the run ends.
+        batch_size: global, for rates in images per second.
+        enabled: False on all processes but the first. Then nothing is written or printed.
+        tensorboard: whether to write TensorBoard files too.
+        primary_metric: the metric of evaluations to print, without "eval/".
+
+    Raises:
+        StorageError: `metrics.jsonl` cannot be written.
     """
 
     def __init__(
@@ -93,19 +96,24 @@ class Reporter:
         batch_size: int,
         enabled: bool = True,
         tensorboard: bool = False,
+        primary_metric: str = "top1",
     ):
         self._enabled = enabled
-        self._last_step, self._batch_size = last_step, batch_size
+        self._last_step, self._batch_size, self._primary_metric = last_step, batch_size, primary_metric
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        self._tensorboard = None
         self.rewind(start_step)
-        if enabled and tensorboard:
-            # In a thread: importing TensorFlow takes seconds, in which the train step can compile.
-            self._tensorboard = concurrent.futures.ThreadPoolExecutor(1).submit(_tensorboard_writer, workdir)
+        self._tensorboard = TensorBoard(workdir) if enabled and tensorboard else None
         self.start_clock(start_step)
 
     def rewind(self, step: int) -> None:
-        """Drops the reports of steps after `step`: they are run again."""
+        """Drops the reports of later steps, because these steps are done again.
+
+        Args:
+            step: the last step whose reports stay.
+
+        Raises:
+            StorageError: `metrics.jsonl` cannot be written.
+        """
         if not self._enabled:
             return
         with self._writing():
@@ -118,18 +126,31 @@ class Reporter:
             temporary.replace(self._path)
 
     def start_clock(self, step: int) -> None:
-        """Leaves out what came before `step` (compiling) from rates and ETA."""
+        """Starts the clock of rates and ETA, so that they leave out compiling.
+
+        Args:
+            step: the last step that is done.
+        """
         self._begin = self._clock = (step, time.monotonic())
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out what came before (evaluation, saving) from the next rate; the ETA keeps it in."""
+        """Starts the clock of the next rate, so that it leaves out evaluating and saving. The ETA includes them.
+
+        Args:
+            step: the last step that is done.
+        """
         self._clock = (step, time.monotonic())
 
     def train(self, step: int, values: dict[str, float], seconds_waited: float) -> None:
         """Reports training metrics with the rate since the last report, and prints the progress line.
 
         Args:
-            seconds_waited: for input since the last report or restart of the clock.
+            step: the last step that is done.
+            values: by name, "train/loss" among them.
+            seconds_waited: for input, since the last report or restart of the clock.
+
+        Raises:
+            StorageError: as for `write`.
         """
         since_step, since = self._clock
         seconds = time.monotonic() - since
@@ -150,7 +171,11 @@ class Reporter:
         self.restart_clock(step)
 
     def estimate(self, step: int) -> None:
-        """Prints when the run will end, by the steps since the clock was started."""
+        """Prints when the run will end, judged by the steps since the clock was started.
+
+        Args:
+            step: the last step that is done.
+        """
         if self._enabled and step > self._begin[0]:
             left = self._seconds_left(step)
             end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left))
@@ -162,16 +187,32 @@ class Reporter:
         return (self._last_step - step) * (time.monotonic() - begin) / (step - begin_step)
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Reports an evaluation and prints its accuracies."""
+        """Reports an evaluation and prints its primary metric.
+
+        Args:
+            step: that was evaluated.
+            results: "eval/<metric>" and "eval_ema/<metric>", with "eval/count".
+
+        Raises:
+            StorageError: as for `write`.
+        """
         self.write(step, results)
         if self._enabled:
-            scores = [
-                f"{name} top-1 {results[f'{name}/top1']:.4f}" for name in ("eval", "eval_ema") if f"{name}/top1" in results
-            ]
+            label = metric_label(self._primary_metric)
+            keys = [(name, f"{name}/{self._primary_metric}") for name in ("eval", "eval_ema")]
+            scores = [f"{name} {label} {results[key]:.4f}" for name, key in keys if key in results]
             print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} images)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one report."""
+        """Appends one report.
+
+        Args:
+            step: the last step that is done.
+            values: numbers by name. One that is not finite is written as null.
+
+        Raises:
+            StorageError: `metrics.jsonl` cannot be written.
+        """
         if not self._enabled:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -184,21 +225,13 @@ class Reporter:
                     file.write(self._lines[-1])
                     file.flush()
                     os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
-        self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
+        if self._tensorboard:
+            self._tensorboard.write(step, values)
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
-        self._to_tensorboard(lambda writer: writer.close())
-
-    def _to_tensorboard(self, call):
+        """Closes the TensorBoard files."""
         if self._tensorboard:
-            try:
-                writer = self._tensorboard.result()
-                if writer:
-                    call(writer)
-            except Exception as error:  # of many types, some from the writer's thread; training can do without
-                self._tensorboard = None
-                logging.warning("No more TensorBoard files, only metrics.jsonl: %s", str(error).splitlines()[0])
+            self._tensorboard.close()
 
     @contextlib.contextmanager
     def _writing(self):
@@ -206,45 +239,73 @@ class Reporter:
             yield
         except OSError as error:
             raise StorageError(
-                f"{self._path} cannot be written ({error}); the last checkpoint stands: make room, then the same command resumes"
+                f"{self._path} cannot be written ({storage.reason(error)}); the last checkpoint is safe: {storage.remedy(error)}, "
+                "then the same command resumes"
             ) from None
 
 
-def read_metrics(workdir: str | epath.Path) -> list[dict]:
-    """The reports in `workdir/metrics.jsonl`, in order; a line torn by a crash, or no report at all, is left out."""
-    path, reports = epath.Path(workdir) / "metrics.jsonl", []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+def read_metrics(workdir: str | epath.Path) -> list[dict[str, Any]]:
+    """Returns the reports in `workdir/metrics.jsonl`, in order. Lines that are no whole report are left out with a warning.
+
+    A report has a step number, and a number or None by every other key.
+
+    Args:
+        workdir: of the run. Without the file, there are no reports.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    path = epath.Path(workdir) / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    reports = []
+    for line in lines:
         try:
             report = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # ValueError: JSON and UTF-8 faults, integers of thousands of digits
             report = None
-        if isinstance(report, dict) and "step" in report:
+        if _is_report(report):
             reports.append(report)
-        else:
-            logging.warning("%s has a torn line, left out: %.60r", path, line)
+        elif line.strip():
+            logging.warning("%s has a torn line, left out: %.60r", path, line.decode(errors="replace"))
     return reports
 
 
-def last_evaluation(workdir: str | epath.Path) -> dict:
-    """The newest report that holds an evaluation; empty where there is none."""
-    return next((report for report in reversed(read_metrics(workdir)) if "eval/top1" in report), {})
+def _is_report(report):
+    if not isinstance(report, dict):
+        return False
+    numbers = [value for value in report.values() if value is not None]
+    step = report.get("step")
+    return type(step) is int and step >= 0 and all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
+
+
+def last_evaluation(workdir: str | epath.Path) -> dict[str, Any]:
+    """Returns the newest report with an evaluation, one whose keys begin with "eval/"; without any, an empty dict.
+
+    Args:
+        workdir: of the run.
+    """
+    evaluated = lambda report: any(key.startswith("eval/") for key in report)
+    return next(filter(evaluated, reversed(read_metrics(workdir))), {})
+
+
+def metric_label(metric: str) -> str:
+    """Returns a metric's name for the reader: "top-1" for "top1", "mean overlap" for "mean_overlap".
+
+    Args:
+        metric: as the task names it.
+    """
+    return re.sub(r"(?<=[a-z])(?=[0-9])", "-", metric).replace("_", " ")
 
 
 def format_seconds(seconds: float) -> str:
-    """12:07, or 3:12:07 from an hour on."""
+    """Returns "12:07", or "3:12:07" from an hour on.
+
+    Args:
+        seconds: a duration.
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def _tensorboard_writer(workdir):
-    try:
-        # Here, since TensorFlow takes seconds and may be missing; it must not take the GPU's memory either.
-        import tensorflow as tf
-        from clu import metric_writers
-
-        tf.config.set_visible_devices([], "GPU")
-        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(workdir)))
-    except ImportError as error:
-        logging.warning("No TensorBoard files, only metrics.jsonl: %s", error)
-        return None
