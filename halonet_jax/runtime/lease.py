@@ -32,7 +32,7 @@ SETTLE = 0.2  # seconds in which a process that wanted the lease at the same mom
 
 
 @contextlib.contextmanager
-def hold(workdir: epath.Path) -> Iterator[None]:
+def hold(workdir: str | epath.Path) -> Iterator[None]:
     """Context in which this run alone trains in a workdir. Process 0 holds the lease for all processes of the run.
 
     Entering waits up to `EXPIRES` seconds if the lease is that of a process on another machine, which may have been killed.
@@ -58,7 +58,8 @@ def hold(workdir: epath.Path) -> Iterator[None]:
 
 class _Lease:
     def __init__(self, workdir):
-        self._workdir, self._path = workdir, workdir / "run.lease"
+        self._workdir = epath.Path(workdir)
+        self._path = self._workdir / "run.lease"
         self._content = {
             "host": platform.node(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
             "machine": _machine(), "process_started": _process_started(os.getpid()), "token": secrets.token_hex(8), "beat": 0,

@@ -35,7 +35,8 @@ def locate(workdir: str) -> epath.Path:
     if "://" in workdir:
         return epath.Path(workdir)
     try:
-        return epath.Path(Path(workdir).expanduser().resolve())
+        path = Path(workdir).expanduser() if workdir.startswith("~") else Path(workdir)  # "./~" is a folder named "~"
+        return epath.Path(path.resolve())
     except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a loop of links, a null byte
         raise ConfigError(f"workdir {workdir!r} cannot be resolved ({error}); give another --workdir, such as ./run") from None
 

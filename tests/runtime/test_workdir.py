@@ -20,7 +20,7 @@ def test_paths(given, path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given, message", [("", "workdir is empty"), ("~no_such_user/run", "cannot be resolved"), ("a\0b", "")]
+    "given, message", [("", "workdir is empty"), ("~no_such_user/run", "cannot be resolved"), ("a\0b", "cannot be resolved")]
 )
 def test_no_paths(given, message):
     with pytest.raises(ConfigError, match=message):
