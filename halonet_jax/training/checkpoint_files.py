@@ -2,10 +2,10 @@
 
     <step>/state/…             arrays, written by Orbax
     <step>/position/metadata   JSON: the record, a checksum of every array, and a checksum of both
-    <step>/score.json          written later, where the checkpoint was evaluated
+    <step>/score.json          the score, written after the checkpoint was evaluated
 
-Earlier versions wrote `{**record, "checksums": …}` in `position/metadata` and the score as
-`{"top1": …}` in `metrics/metrics`. Their checkpoints are read too.
+Version 0.1.0 wrote `{**record, "checksums": …}` to `position/metadata`, and the score as `{"top1": …}` to `metrics/metrics`.
+Its checkpoints can be read too.
 """
 
 import json
@@ -103,7 +103,7 @@ def describe_arrays(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
         path: a step's folder.
 
     Raises:
-        Exception: of many types, where the metadata is damaged.
+        Exception: of many types, if the metadata is damaged.
     """
     tree = _metadata(path)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in zip(names(tree), jax.tree.leaves(tree))}
@@ -114,13 +114,14 @@ def read_arrays(path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Args:
         path: a step's folder.
-        wanted: by name: shape and type as saved, and the sharding that the array shall have; without one, a NumPy array.
+        wanted: shape and type as saved, and the sharding that the array will have, by name. An array without a sharding is
+            returned as a NumPy array.
 
     Returns:
         The arrays by name, in the order of `wanted`.
 
     Raises:
-        Exception: of many types, by what is damaged.
+        Exception: of many types, depending on the damage.
     """
     tree = _metadata(path)
     treedef, saved = jax.tree.structure(tree), names(tree)
@@ -149,14 +150,14 @@ def _metadata(path):
 
 
 def pack_record(record: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what is saved as a checkpoint's record: a deep copy of it with checksums.
+    """Returns a deep copy of a record together with the checksums, as it is saved.
 
     Args:
         record: JSON values by name.
         sums: checksum of each array, by name.
 
     Raises:
-        TypeError: `record` holds something that JSON has no form for.
+        TypeError: `record` holds something that JSON cannot hold.
     """
     content = json.loads(json.dumps({"record": record, "arrays": sums}))
     return content | {"checksum": _checksum(content)}
@@ -169,12 +170,12 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
         path: a step's folder.
 
     Raises:
-        ValueError: the file is torn, or is not what was saved.
+        ValueError: the file is not what was saved.
         OSError: it cannot be read.
     """
     content = _read_json(path / RECORD / "metadata")
     if not isinstance(content, dict):
-        raise ValueError("its record is no JSON object")
+        raise ValueError("its record is not a JSON object")
     if set(content) == {"record", "arrays", "checksum"}:
         if content.pop("checksum") != _checksum(content):
             raise ValueError("checksum of its record is wrong")
@@ -186,7 +187,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def write_score(path: epath.Path, score: float) -> None:
-    """Writes a checkpoint's score; a kill leaves none, or the whole of it.
+    """Writes a checkpoint's score. After a kill the file is whole or missing.
 
     Args:
         path: a step's folder.
@@ -202,7 +203,7 @@ def write_score(path: epath.Path, score: float) -> None:
 
 
 def read_score(path: epath.Path) -> float | None:
-    """Returns a checkpoint's score; None where it was not evaluated, or where the file is damaged, with a warning.
+    """Returns a checkpoint's score; None: it was not evaluated, or the file is damaged. The latter is a warning.
 
     Args:
         path: a step's folder.
