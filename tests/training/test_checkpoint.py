@@ -45,6 +45,13 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def assert_threads_end(before):
+    """Orbax closes its event loops without waiting for their threads, which are about to end."""
+    for thread in set(threading.enumerate()) - before:
+        thread.join(20)
+        assert not thread.is_alive(), thread
+
+
 def save(directory, *steps, scores=(), create=None, **options):
     checkpointer = Checkpointer(directory, **options)
     for step in steps:
@@ -82,7 +89,7 @@ def test_what_is_saved_comes_back(tmp_path, name):
             assert_same(weights, (saved.params, saved.model_state))
         assert_same(checkpointer.restore(abstract())[0], saved)
         checkpointer.close()
-    assert not set(threading.enumerate()) - before
+    assert_threads_end(before)
 
 
 def test_the_newest_and_the_best_are_kept(directory):
@@ -331,7 +338,7 @@ def test_a_save_that_fails_names_the_cause_and_leaves_no_thread(directory):
         checkpointer.save(at(4), {})
         checkpointer.wait()
     checkpointer.close()
-    assert not set(threading.enumerate()) - before
+    assert_threads_end(before)
 
 
 @pytest.mark.parametrize("error, remedy", [
