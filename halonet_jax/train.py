@@ -30,10 +30,10 @@ from halonet_jax.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a call of `train` came to.
+    """The result of a run.
 
     Attributes:
-        exit_code: 0, or 75 where a signal stopped it with the state saved.
+        exit_code: 0, or 75 if a signal stopped the run.
         step: the last step that was done.
         metrics: the newest evaluation, such as `{"eval/top1": 0.99, "eval_ema/top1": 0.99, …}`; empty before the first.
         best_step: of the checkpoint that evaluated best; None before the first evaluation.
@@ -96,13 +96,13 @@ def prepare(
         workdir: as `train` takes it.
         definition: of the config's task.
         stack: closes what is opened here.
-        stop: interrupts what blocks.
-        watchdog: is told what goes on.
+        stop: interrupts calls that block.
+        watchdog: gets the name of each activity.
 
     Returns:
         The run, the state to start from, and the progress that belongs to it.
     """
-    clock = profiling.StartUpClock()
+    clock = reporting.StartUpClock()
     is_writer = jax.process_index() == 0
     distributed.check_same("config or version", config_lib.to_json(config) + __version__ + jax.__version__)
 
@@ -120,8 +120,10 @@ def prepare(
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
     last_step = min(total_steps, config.max_steps or total_steps)
     watchdog.doing("opening the workdir")
+    held = lease.Lease(workdir_lib.locate(workdir))
+    stack.callback(held.release)
+    stop.interruptible(lambda: held.acquire(lambda: watchdog.doing("waiting for the workdir's lease")))
     workdir = stop.interruptible(lambda: workdir_lib.open_workdir(config, workdir))
-    stop.interruptible(lambda: stack.enter_context(lease.hold(workdir)))
     workdir_lib.use_compile_cache(workdir)
     _warn_of_batch_norm_groups(config)
     clock.lap("data")
@@ -154,9 +156,9 @@ def prepare(
     profile = profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer)
     stack.callback(profile.close)
     run = loop.Run(
-        config=config, task=task, workdir=workdir, programs=program, inputs=Inputs(config, task, train_source, eval_source),
-        steps_per_epoch=steps_per_epoch, last_step=last_step, checkpointer=checkpointer, reporter=reporter, profile=profile,
-        watchdog=watchdog, stop=stop, clock=clock,
+        config=config, task=task, workdir=workdir, lease=held, programs=program,
+        inputs=Inputs(config, task, train_source, eval_source), steps_per_epoch=steps_per_epoch, last_step=last_step,
+        checkpointer=checkpointer, reporter=reporter, profile=profile, watchdog=watchdog, stop=stop, clock=clock,
     )  # fmt: skip
     return run, state, progress
 
@@ -184,7 +186,8 @@ def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) 
         except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
             logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
         results = outcome.evaluation or newest
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith(f"/{metric}"))
+        keys = [key for key in (f"eval/{metric}", f"eval_ema/{metric}") if results.get(key) is not None]
+        scores = ", ".join(f"{key} {results[key]:.4f}" for key in keys)
         done = outcome.step > start_step
         status = f"done in {elapsed}" if done else f"nothing to do, step {outcome.step} was the last"
         print(
@@ -216,7 +219,7 @@ def _print_start(config, state, num_examples, metadata, start_step, last_step, p
 def define_flags() -> None:
     """Defines the flags of the command; not on import, so that several entries can be imported together."""
     config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
-    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created where missing, resumed where not.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing, else resumed.")
 
 
 def main() -> int:

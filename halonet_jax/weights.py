@@ -77,7 +77,7 @@ def load(
 
     Raises:
         ConfigError: for a folder without a run, or an argument that breaks a rule above.
-        CheckpointError: where there is no such checkpoint, or it is damaged.
+        CheckpointError: there is no such checkpoint, or it is damaged.
     """
     if weights not in ("raw", "ema", None):
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")

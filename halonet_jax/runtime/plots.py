@@ -5,21 +5,19 @@ from etils import epath
 from halonet_jax.runtime import reporting
 
 SURFACE, INK, MUTED, GRID = "#fcfcfb", "#1f1f1e", "#6b6a66", "#e4e3df"
+_TITLES = {"top1": "Top-1 accuracy"}
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#4a3aa7", "#e34948")
 
 
 def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, metric: str = "top1") -> None:
-    """Draws training loss and an evaluation metric over steps, and writes a PNG.
+    """Draws training loss and evaluation metric over steps, one colour for each run, and writes a PNG.
 
-    Each run has a colour. The metric of the raw weights is a thin line, that of the EMA a bold one.
+    The metric is of the raw weights (thin) and, where there is one, of their moving average (bold).
 
     Args:
-        workdirs: the runs. Their folder names label the lines.
-        path: of the PNG.
-        metric: of the evaluation, without "eval/"; higher is better.
-
-    Raises:
-        OSError: a file cannot be read or written.
+        workdirs: folders of runs.
+        path: of the picture.
+        metric: the task's primary one, as reports name it after "eval/".
     """
     figure, (loss_axes, metric_axes) = _figure(1, 2, figsize=(10, 4))
     for color, workdir in zip(COLORS * len(workdirs), workdirs):
@@ -28,13 +26,12 @@ def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, met
         _line(metric_axes, reports, f"eval/{metric}", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
         _line(metric_axes, reports, f"eval_ema/{metric}", color=color, linewidth=2, label=f"{name}, EMA")
     loss_axes.set(title="Training loss", xlabel="step")
-    label = reporting.metric_label(metric)
-    metric_axes.set(title=f"{label[:1].upper()}{label[1:]}, evaluation split", xlabel="step")
+    metric_axes.set(title=f"{_TITLES.get(metric, metric.replace('_', ' ').capitalize())}, evaluation split", xlabel="step")
     values = sorted(y for line in metric_axes.get_lines() for y in line.get_ydata())
     if values:
-        if values[0] >= 0 and values[-1] <= 1:  # a share: show the late differences
+        if values[0] >= 0 and values[-1] <= 1:  # a share: late differences are what is looked for
             metric_axes.set_ylim(max(0, values[len(values) // 4] - 0.05), 1.005)
-        metric_axes.legend(frameon=False, loc="lower right", labelcolor=INK)
+        metric_axes.legend(frameon=False, loc="best", labelcolor=INK)
     if len(workdirs) > 1:
         loss_axes.legend(frameon=False, labelcolor=INK)
     _save(figure, path)

@@ -1,12 +1,9 @@
-"""Measures runs: traces of a few steps, for TensorBoard or Perfetto, and the time to the first step."""
+"""Profiles a few steps, for TensorBoard's profile page or Perfetto."""
 
-import time
 from typing import Any
 
 import jax
 from etils import epath
-
-from halonet_jax import STARTED
 
 
 class ProfileWindow:
@@ -49,36 +46,3 @@ class ProfileWindow:
             self._running = False
             jax.profiler.stop_trace()
             print(f"profile written; tensorboard --logdir={self._directory}", flush=True)
-
-
-class StartUpClock:
-    """Measures what the time to the first step goes into. The first clock of a process counts from the process's start."""
-
-    _process_start = STARTED
-
-    def __init__(self):
-        self._begin = self._since = StartUpClock._process_start or time.monotonic()
-        self._laps, StartUpClock._process_start = {}, None
-        self.lap("imports and devices")
-
-    def lap(self, name: str) -> None:
-        """Ends a part. It does nothing after `finish`.
-
-        Args:
-            name: of the part.
-        """
-        if self._laps is not None:
-            now = time.monotonic()
-            self._laps[name], self._since = now - self._since, now
-
-    def finish(self, name: str) -> None:
-        """Ends the last part and prints all parts. Only the first call does; after a roll-back there is another.
-
-        Args:
-            name: of the last part.
-        """
-        self.lap(name)
-        if self._laps and jax.process_index() == 0:
-            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._laps.items())
-            print(f"first step done after {self._since - self._begin:.1f} s: {parts}", flush=True)
-        self._laps = None

@@ -1,30 +1,31 @@
-"""Reports the progress of a run: `metrics.jsonl`, TensorBoard files, and lines on the terminal."""
+"""Reports of a run: `metrics.jsonl`, TensorBoard beside it, and a progress line on the terminal."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
 import os
-import re
+import sys
 import time
-from typing import Any
 
 import jax
 from absl import logging
 from etils import epath
 
+from halonet_jax import STARTED
 from halonet_jax.errors import NonFiniteLoss, StorageError
 from halonet_jax.runtime import storage
-from halonet_jax.runtime.tensorboard import TensorBoard
+from halonet_jax.runtime.workdir import locate
 
 
 class StepMetrics:
     """Collects the metrics of every step since the last report.
 
     They stay on the device until a report or a checkpoint asks for them, so that steps are dispatched ahead. They are part of
-    a checkpoint, so that a resumed run's next report covers the same steps as that of an undisturbed run.
+    a checkpoint: a resumed run's next report then covers the very steps that it would have covered.
 
     Args:
-        collected: from a checkpoint.
+        collected: what a checkpoint holds of them.
     """
 
     IN_FLIGHT = 2  # steps dispatched ahead; more would only hold memory
@@ -34,21 +35,21 @@ class StepMetrics:
         self._device = []
 
     def append(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds the metrics of a step. Waits until the step `IN_FLIGHT` before it is done.
+        """Adds the metrics of a step. Blocks until the step `IN_FLIGHT` before it is done.
 
         Args:
             step: its number.
-            metrics: float scalars, "loss" and "grad_norm" among them.
+            metrics: scalars by name, "loss" and "grad_norm" among them.
         """
         self._device.append((step, metrics))
         if len(self._device) > self.IN_FLIGHT:
             jax.block_until_ready(self._device[-1 - self.IN_FLIGHT])
 
     def collected(self) -> list[dict[str, float]]:
-        """Returns a new list of the metrics of each step, as Python floats.
+        """Returns the metrics of each step as Python floats. The list is the caller's.
 
         Raises:
-            NonFiniteLoss: the loss or gradient norm of a step is not finite. The error names the first such step.
+            NonFiniteLoss: the loss or gradient norm of a step is not finite; it names the first one.
         """
         for step, metrics in jax.device_get(self._device):
             metrics = {key: float(value) for key, value in metrics.items()}
@@ -56,35 +57,66 @@ class StepMetrics:
                 raise NonFiniteLoss(step, f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
             self._host.append(metrics)
         self._device.clear()
-        return list(self._host)
+        return [dict(metrics) for metrics in self._host]
 
     def pop_means(self) -> dict[str, float]:
-        """Returns the means over the steps since the last call, as "train/<metric>".
+        """Returns the means over the steps since the last call, as "train/…".
 
         Raises:
-            NonFiniteLoss: as for `collected`.
+            NonFiniteLoss: as `collected`.
         """
         collected, self._host = self.collected(), []
         return {f"train/{key}": math.fsum(m[key] for m in collected) / len(collected) for key in collected[0]}
 
 
-class Reporter:
-    """Writes reports under `workdir` and prints progress.
+class StartUpClock:
+    """What the time from the start of the process to the first step goes into."""
 
-    `metrics.jsonl` holds one JSON object per report, with "step" first. A run that dies after its last checkpoint leaves reports
-    of steps that are done again. They are dropped. If no report is left, the old file stays as `metrics.jsonl.bak`.
+    def __init__(self):
+        self._laps, self._since, self._finished = {}, STARTED, False
+        self.lap("imports and devices")
+
+    def lap(self, name: str) -> None:
+        """Ends a part.
+
+        Args:
+            name: of the part.
+        """
+        now = time.monotonic()
+        self._laps[name], self._since = now - self._since, now
+
+    def finish(self, name: str) -> None:
+        """Ends the last part and prints all of them. A later call, as after a roll-back, does nothing.
+
+        Args:
+            name: of the last part.
+        """
+        if not self._finished:
+            self.lap(name)
+            parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._laps.items())
+            if jax.process_index() == 0:
+                print(f"first step done after {self._since - STARTED:.1f} s: {parts}", flush=True)
+        self._finished = True
+
+
+class Reporter:
+    """Writes reports to a workdir and to the terminal.
+
+    `metrics.jsonl` holds one JSON object a report, with "step" first. Reports of steps after `start_step`, left by a run that
+    died later than its last checkpoint, are dropped: their steps are run again. Where that leaves none, because there is no
+    checkpoint, the old file stays as `metrics.jsonl.bak`.
 
     Args:
-        workdir: of the run.
-        start_step: number of steps done.
-        last_step: after which the run ends.
-        batch_size: global, for rates in images per second.
-        enabled: False on all processes but the first. Then nothing is written or printed.
-        tensorboard: whether to write TensorBoard files too.
-        primary_metric: the metric of evaluations to print, without "eval/".
+        workdir: folder of the run.
+        start_step: from which the run starts.
+        last_step: at which it will end.
+        batch_size: global, for rates.
+        enabled: False on all processes but one: nothing is written or printed.
+        tensorboard: whether to write TensorBoard's files too.
+        primary_metric: of the task, which the terminal shows.
 
     Raises:
-        StorageError: `metrics.jsonl` cannot be written.
+        StorageError: the reports cannot be written.
     """
 
     def __init__(
@@ -98,21 +130,24 @@ class Reporter:
         tensorboard: bool = False,
         primary_metric: str = "top1",
     ):
-        self._enabled = enabled
-        self._last_step, self._batch_size, self._primary_metric = last_step, batch_size, primary_metric
+        self._enabled, self._metric = enabled, primary_metric
+        self._last_step, self._batch_size = last_step, batch_size
         self._path = epath.Path(workdir) / "metrics.jsonl"
+        self._tensorboard = None
         self.rewind(start_step)
-        self._tensorboard = TensorBoard(workdir) if enabled and tensorboard else None
+        if enabled and tensorboard:
+            # In a thread: importing TensorFlow takes seconds, in which the train step can compile.
+            self._tensorboard = concurrent.futures.ThreadPoolExecutor(1).submit(_tensorboard_writer, workdir)
         self.start_clock(start_step)
 
     def rewind(self, step: int) -> None:
-        """Drops the reports of later steps, because these steps are done again.
+        """Drops reports of steps that will run again.
 
         Args:
-            step: the last step whose reports stay.
+            step: the last one whose reports stay.
 
         Raises:
-            StorageError: `metrics.jsonl` cannot be written.
+            StorageError: the file cannot be written.
         """
         if not self._enabled:
             return
@@ -126,18 +161,18 @@ class Reporter:
             temporary.replace(self._path)
 
     def start_clock(self, step: int) -> None:
-        """Starts the clock of rates and ETA, so that they leave out compiling.
+        """Leaves out of rates and ETA what came before, such as compiling.
 
         Args:
-            step: the last step that is done.
+            step: the one just done.
         """
         self._begin = self._clock = (step, time.monotonic())
 
     def restart_clock(self, step: int) -> None:
-        """Starts the clock of the next rate, so that it leaves out evaluating and saving. The ETA includes them.
+        """Leaves out of the next rate what came before, such as an evaluation. The ETA keeps it in.
 
         Args:
-            step: the last step that is done.
+            step: the one just done.
         """
         self._clock = (step, time.monotonic())
 
@@ -145,12 +180,12 @@ class Reporter:
         """Reports training metrics with the rate since the last report, and prints the progress line.
 
         Args:
-            step: the last step that is done.
-            values: by name, "train/loss" among them.
-            seconds_waited: for input, since the last report or restart of the clock.
+            step: the one just done.
+            values: scalars by name, "train/loss" among them.
+            seconds_waited: for input since the last report or restart of the clock.
 
         Raises:
-            StorageError: as for `write`.
+            StorageError: the report cannot be written.
         """
         since_step, since = self._clock
         seconds = time.monotonic() - since
@@ -171,10 +206,10 @@ class Reporter:
         self.restart_clock(step)
 
     def estimate(self, step: int) -> None:
-        """Prints when the run will end, judged by the steps since the clock was started.
+        """Prints when the run will end, by the steps since the clock was started.
 
         Args:
-            step: the last step that is done.
+            step: the one just done.
         """
         if self._enabled and step > self._begin[0]:
             left = self._seconds_left(step)
@@ -190,28 +225,27 @@ class Reporter:
         """Reports an evaluation and prints its primary metric.
 
         Args:
-            step: that was evaluated.
-            results: "eval/<metric>" and "eval_ema/<metric>", with "eval/count".
+            step: of the weights.
+            results: scalars such as "eval/top1" and "eval_ema/top1", with "eval/count".
 
         Raises:
-            StorageError: as for `write`.
+            StorageError: the report cannot be written.
         """
         self.write(step, results)
         if self._enabled:
-            label = metric_label(self._primary_metric)
-            keys = [(name, f"{name}/{self._primary_metric}") for name in ("eval", "eval_ema")]
-            scores = [f"{name} {label} {results[key]:.4f}" for name, key in keys if key in results]
-            print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} images)", flush=True)
+            keys = [key for key in (f"eval/{self._metric}", f"eval_ema/{self._metric}") if key in results]
+            scores = [f"{key} {results[key]:.4f}" for key in keys]
+            print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} examples)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one report.
 
         Args:
-            step: the last step that is done.
-            values: numbers by name. One that is not finite is written as null.
+            step: that it is about.
+            values: scalars by name. One that is not finite is written as null.
 
         Raises:
-            StorageError: `metrics.jsonl` cannot be written.
+            StorageError: the report cannot be written.
         """
         if not self._enabled:
             return
@@ -225,13 +259,21 @@ class Reporter:
                     file.write(self._lines[-1])
                     file.flush()
                     os.fsync(file.fileno())  # a checkpoint of this step may follow, after which it is not reported again
-        if self._tensorboard:
-            self._tensorboard.write(step, values)
+        self._to_tensorboard(lambda writer: writer.write_scalars(step, values))
 
     def close(self) -> None:
-        """Closes the TensorBoard files."""
+        """Flushes TensorBoard."""
+        self._to_tensorboard(lambda writer: writer.close())
+
+    def _to_tensorboard(self, call):
         if self._tensorboard:
-            self._tensorboard.close()
+            try:
+                writer = self._tensorboard.result()
+                if writer:
+                    call(writer)
+            except Exception as error:  # of many types, some from the writer's thread; training can do without
+                self._tensorboard = None
+                logging.warning("No more TensorBoard files, only metrics.jsonl: %s", str(error).splitlines()[0])
 
     @contextlib.contextmanager
     def _writing(self):
@@ -244,68 +286,63 @@ class Reporter:
             ) from None
 
 
-def read_metrics(workdir: str | epath.Path) -> list[dict[str, Any]]:
-    """Returns the reports in `workdir/metrics.jsonl`, in order. Lines that are no whole report are left out with a warning.
-
-    A report has a step number, and a number or None by every other key.
+def read_metrics(workdir: str | epath.Path) -> list[dict[str, float | None]]:
+    """Returns the reports in `workdir/metrics.jsonl`, in order. A line that is no report, as a crash leaves one, is left out.
 
     Args:
-        workdir: of the run. Without the file, there are no reports.
-
-    Raises:
-        OSError: the file cannot be read.
+        workdir: folder of a run.
     """
-    path = epath.Path(workdir) / "metrics.jsonl"
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    reports = []
-    for line in lines:
-        try:
-            report = json.loads(line)
-        except (ValueError, RecursionError):  # ValueError: JSON and UTF-8 faults, integers of thousands of digits
-            report = None
-        if _is_report(report):
-            reports.append(report)
-        elif line.strip():
-            logging.warning("%s has a torn line, left out: %.60r", path, line.decode(errors="replace"))
+    path, reports = locate(str(workdir)) / "metrics.jsonl", []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        if line.strip():
+            report = _parse(line)
+            if report is None:
+                logging.warning("%s has a torn line, left out: %.60r", path, line.decode(errors="replace"))
+            else:
+                reports.append(report)
     return reports
 
 
-def _is_report(report):
-    if not isinstance(report, dict):
-        return False
-    numbers = [value for value in report.values() if value is not None]
-    step = report.get("step")
-    return type(step) is int and step >= 0 and all(type(value) in (int, float) and abs(value) < 1e300 for value in numbers)
+def _parse(line):
+    """The report of a line, "step" and scalars; None where it is something else."""
+    try:
+        report = json.loads(line.decode())
+    except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        return None
+    if not isinstance(report, dict) or type(report.get("step")) is not int:
+        return None
+    finite = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return report if all(value is None or finite(value) for value in report.values()) else None
 
 
-def last_evaluation(workdir: str | epath.Path) -> dict[str, Any]:
-    """Returns the newest report with an evaluation, one whose keys begin with "eval/"; without any, an empty dict.
-
-    Args:
-        workdir: of the run.
-    """
-    evaluated = lambda report: any(key.startswith("eval/") for key in report)
-    return next(filter(evaluated, reversed(read_metrics(workdir))), {})
-
-
-def metric_label(metric: str) -> str:
-    """Returns a metric's name for the reader: "top-1" for "top1", "mean overlap" for "mean_overlap".
+def last_evaluation(workdir: str | epath.Path) -> dict[str, float | None]:
+    """Returns the newest report that holds an evaluation; empty where there is none.
 
     Args:
-        metric: as the task names it.
+        workdir: folder of a run.
     """
-    return re.sub(r"(?<=[a-z])(?=[0-9])", "-", metric).replace("_", " ")
+    return next((report for report in reversed(read_metrics(workdir)) if any(key.startswith("eval/") for key in report)), {})
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns "12:07", or "3:12:07" from an hour on.
+    """Returns a time as 12:07, or 3:12:07 from an hour on.
 
     Args:
-        seconds: a duration.
+        seconds: the time.
     """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _tensorboard_writer(workdir):
+    try:
+        # Here, since TensorFlow takes seconds and may be missing; it must not take the GPU's memory either.
+        import tensorflow as tf
+        from clu import metric_writers
+
+        tf.config.set_visible_devices([], "GPU")
+        return metric_writers.AsyncWriter(metric_writers.SummaryWriter(os.fspath(workdir)))
+    except ImportError as error:
+        logging.warning("No TensorBoard files, only metrics.jsonl: %s", error)
+        return None

@@ -24,7 +24,7 @@ _CAUSES = (
     (
         (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE),
         "no such file|not.found|already exists|not empty|stale file",
-        "check that no other process moves, deletes or writes files there",
+        "see that no other process moves, deletes or writes files there",
     ),
 )
 
@@ -41,7 +41,7 @@ def remedy(error: BaseException) -> str:
     for known, words, advice in _CAUSES:
         if numbers & set(known) or not numbers and re.search(words, text, re.IGNORECASE):
             return advice
-    return "check that the storage works"
+    return "see that the storage works"
 
 
 def reason(error: BaseException) -> str:

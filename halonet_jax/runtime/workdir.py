@@ -1,4 +1,4 @@
-"""The folder of a run: opens it, checks that all hosts share it, and describes the run in it."""
+"""The folder of a run: opened, checked to be shared by all hosts, and described."""
 
 import json
 import platform
@@ -18,41 +18,43 @@ from halonet_jax import config as config_lib
 from halonet_jax.errors import ConfigError, StorageError
 from halonet_jax.runtime import distributed, storage
 
-_compile_cache = None  # the folder that `use_compile_cache` has set
+_compile_cache = None  # the folder that `use_compile_cache` chose
 
 
 def locate(workdir: str) -> epath.Path:
-    """Returns the full path of a workdir. `~` is the home folder: shells do not expand it in `--workdir=~/run`.
+    """Returns the path of a workdir: absolute where it is local, with `~` and `~user` expanded.
 
     Args:
-        workdir: local, or a URL such as `gs://BUCKET/RUN`.
+        workdir: local or `gs://`, as a user gives it.
 
     Raises:
-        ConfigError: the path is empty, or cannot be resolved.
+        ConfigError: it is empty, its `~user` has no home folder, or it holds a character that TensorStore cannot write below.
     """
     if not workdir:
-        raise ConfigError("workdir is empty; give the folder of the run, such as --workdir=runs/digits")
-    if "://" in workdir:
-        return epath.Path(workdir)
+        raise ConfigError("workdir is empty; give --workdir=FOLDER")
     try:
-        path = Path(workdir).expanduser() if workdir.startswith("~") else Path(workdir)  # "./~" is a folder named "~"
-        return epath.Path(path.resolve())
-    except (OSError, RuntimeError, ValueError) as error:  # an unknown ~user, a loop of links, a null byte
-        raise ConfigError(f"workdir {workdir!r} cannot be resolved ({error}); give another --workdir, such as ./run") from None
+        path = epath.Path(workdir if "://" in workdir else Path(workdir).expanduser().resolve())
+        str(path).encode()
+    except (RuntimeError, ValueError) as error:  # of expanduser; links in a circle; no UTF-8
+        raise ConfigError(f"workdir {workdir!r} leads nowhere ({storage.reason(error)}); give another --workdir") from None
+    if "\\" in str(path):
+        raise ConfigError(f"workdir {path} has a backslash, below which no checkpoint can be written; give another --workdir")
+    return path
 
 
 def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
-    """Creates the folder of a run if it is missing. Warns of differences from the config of the run that it holds.
+    """Creates the folder where it is missing, and warns of differences between the config and that of its last run.
 
     Args:
-        config: of this run.
-        workdir: as for `locate`. All hosts must share it.
+        config: of the run that starts.
+        workdir: local or `gs://`, as a user gives it.
 
     Returns:
-        The full path.
+        The path, see `locate`.
 
     Raises:
-        ConfigError: the folder cannot be written, or is not the same for all hosts.
+        ConfigError: the folder cannot be written, or is not the same one on all hosts.
+        DistributedError: another process raised such an error.
     """
     workdir = locate(workdir)
     probe = workdir / ".writable"
@@ -67,52 +69,51 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
             ) from None
     try:
         with distributed.together("opening the workdir"):
-            if jax.process_index() > 0 and not probe.exists():
+            if not probe.exists():
                 raise ConfigError(
                     f"workdir {workdir} of process {jax.process_index()} is not that of process 0; give a folder that all hosts "
                     "share, such as gs://BUCKET/RUN"
                 )
     finally:
         if jax.process_index() == 0:
-            probe.unlink(missing_ok=True)  # a second run that is about to be refused may have deleted it
-    _compare(config, workdir / "config.json")
+            probe.unlink(missing_ok=True)
+    _warn_of_differences(config, workdir / "config.json")
     return workdir
 
 
-def _compare(config, path):
+def _warn_of_differences(config, path):
     try:
         last = config_lib.from_json(path.read_bytes())
     except FileNotFoundError:
         return
     except (ConfigError, OSError) as error:
-        logging.warning("The config cannot be compared with this workdir's last run: %s", error)
-        return
-    for line in config_lib.differences(last, config):
-        logging.warning("The config differs from this workdir's last run: %s", line)
+        logging.warning("The config cannot be compared with this workdir's last run: %s", storage.reason(error))
+    else:
+        for line in config_lib.differences(last, config):
+            logging.warning("The config differs from this workdir's last run: %s", line)
 
 
 def use_compile_cache(workdir: epath.Path) -> None:
     """Keeps compiled programs in the workdir, so that a restart need not compile again.
 
-    A cache that the user chose, as by JAX_COMPILATION_CACHE_DIR, is left as it is. A second run in the same process gets the
-    cache of its own workdir.
+    A folder that the user gave to JAX, as by JAX_COMPILATION_CACHE_DIR, goes first.
 
     Args:
-        workdir: of the run.
+        workdir: of the run that starts. A later call for another workdir moves the cache there.
     """
     global _compile_cache
     if jax.config.jax_compilation_cache_dir in (None, "", _compile_cache):
         _compile_cache = str(workdir / "compile_cache")
         jax.config.update("jax_compilation_cache_dir", _compile_cache)
-        compilation_cache.reset_cache()  # it keeps the folder of its first use
+        compilation_cache.reset_cache()  # else JAX goes on with the folder that it used first
 
 
 def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes `config.json`, the whole config, and `run.json`, what it ran with.
+    """Writes the config, and the versions and devices that it runs with.
 
     Args:
-        config: of this run.
-        workdir: of the run.
+        config: of the run.
+        workdir: its folder.
 
     Raises:
         StorageError: a file cannot be written.
@@ -132,8 +133,8 @@ def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             temporary.replace(workdir / name)
         except OSError as error:
             raise StorageError(
-                f"{workdir / name} cannot be written ({storage.reason(error)}); {storage.remedy(error)}, then give the command "
-                "again"
+                f"{workdir / name} cannot be written ({storage.reason(error)}); {storage.remedy(error)}, then "
+                "give the command again"
             ) from None
 
 

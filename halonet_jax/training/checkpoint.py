@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -224,7 +225,8 @@ class Checkpointer(Reader):
                     name = next(name for n in itertools.count() if (name := f"{step}.{n}" if n else str(step)) not in taken)
                     self._path(step).rename(aside / name)
                 except OSError as error:
-                    remedy = storage.remedy(error) if aside.is_dir() or not aside.exists() else f"move {aside} away"
+                    in_the_way = os.path.lexists(aside) and not aside.is_dir()
+                    remedy = "move that file or link away" if in_the_way else storage.remedy(error)
                     raise CheckpointError(
                         f"checkpoint {step} is damaged ({damage}) and cannot be set aside in {aside} ({storage.reason(error)}); "
                         f"{remedy}, then the same command goes back to the checkpoint before"

@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax import tasks
+from halonet_jax import errors, tasks
 from halonet_jax.costs import hlo
+from halonet_jax.runtime import reporting
 from halonet_jax.training import optimizer, programs, sharding, state, step
 from halonet_jax.training.task import Task
 
@@ -149,3 +150,21 @@ def test_evaluation_is_exact_for_any_batch_size():
     label, mask = np.array([2, 2, 2, 2, 0]), np.array([True, True, True, True, False])
     sums = jax.device_get(metrics(jnp.asarray(logits), {"label": jnp.asarray(label), "mask": jnp.asarray(mask)}))
     assert (sums["count"], sums["top1"], sums["top5"]) == (4, 1, 2)
+
+
+def test_reports_after_the_checkpoint_are_dropped(tmp_path):
+    lines = ['{"step": 1, "train/loss": 2.0}', '{"step": 2, "train/loss": 1.0}', '{"step": 3, "train/lo']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    reporting.Reporter(tmp_path, start_step=1, last_step=9, batch_size=4).close()
+    assert reporting.read_metrics(tmp_path) == [{"step": 1, "train/loss": 2.0}]
+    reporting.Reporter(tmp_path, start_step=0, last_step=9, batch_size=4).close()
+    assert reporting.read_metrics(tmp_path) == []
+    assert (tmp_path / "metrics.jsonl.bak").read_text() == '{"step": 1, "train/loss": 2.0}\n'
+
+
+def test_step_metrics_name_the_first_bad_step():
+    metrics = reporting.StepMetrics([{"loss": 1.0, "grad_norm": 1.0}])
+    for at_step, loss in ((7, 3.0), (8, np.inf), (9, np.nan)):
+        metrics.append(at_step, {"loss": jnp.asarray(loss), "grad_norm": jnp.asarray(1.0)})
+    with pytest.raises(errors.NonFiniteLoss, match="step 8: loss is inf"):
+        metrics.pop_means()
