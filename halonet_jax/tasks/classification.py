@@ -130,5 +130,6 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
 
     return Task(
-        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe
+        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe,
+        model=model, normalize=normalize,
     )  # fmt: skip

@@ -30,6 +30,8 @@ class Task:
         metadata: JSON values that a checkpoint stores, so that it can be used without the training data: `class_names`
             and `preprocessing`.
         describe: `() -> str`, a line that is printed at the start of a run: the implementation that the devices use.
+        model: the Flax module, for features and for surgery on its variables; None where there is none.
+        normalize: `(images) -> inputs`, from a batch's uint8 images to what `model` takes; None where there is none.
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -41,3 +43,5 @@ class Task:
     transform: Callable[[bool], Any] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     describe: Callable[[], str] = lambda: ""
+    model: Any = None
+    normalize: Callable[[Any], Any] | None = None
