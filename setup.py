@@ -19,6 +19,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.6",  # reads gs://
+        "cloudpickle>=3.0",
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",

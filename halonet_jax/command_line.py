@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 
 from halonet_jax import errors
-from halonet_jax.runtime import distributed, stopping
+from halonet_jax.runtime import distributed, stopping, storage
 
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
@@ -67,7 +67,8 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
     except Exception as error:
         if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             message = (
-                f"a file could not be written ({error}); the last checkpoint is safe: make room, then the same command resumes"
+                f"a file could not be written ({storage.reason(error)}); the last checkpoint is safe: "
+                f"{storage.remedy(error)}, then the same command resumes"
             )
             code = _fail(message, stopping.EXIT_STORAGE)
         else:

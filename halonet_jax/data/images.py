@@ -7,7 +7,7 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, JpegImagePlugin
 
 from halonet_jax.data import randaugment
 from halonet_jax.errors import CorruptImage
@@ -90,6 +90,14 @@ def _jpeg_size(encoded):
         return _pillow_size(JpegImagePlugin.JpegImageFile)(encoded)
 
 
+def _png_size(encoded):
+    """By the IHDR chunk, which comes first. Pillow would also read comments, and has limits for them."""
+    width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
+    if encoded[12:16] != b"IHDR" or not width or not height:
+        raise CorruptImage("its header is damaged or truncated: no width and height")
+    return width, height
+
+
 def _webp_size(encoded):
     """By RFC 9649. Pillow has a limit of its own for WebP, and some versions allocate the whole canvas."""
     kind, data = encoded[8:16], encoded[20:30]
@@ -109,7 +117,7 @@ _SIMPLEJPEG_ERRORS = (ValueError, KeyError)  # the second for a kind of JPEG tha
 # By the file's first bytes; the only formats that are decoded.
 _HEADERS = {
     _JPEG_START: _jpeg_size,
-    b"\x89PNG\r\n\x1a\n": _pillow_size(PngImagePlugin.PngImageFile),
+    b"\x89PNG\r\n\x1a\n": _png_size,
     b"RIFF": _webp_size,
     b"BM": _pillow_size(BmpImagePlugin.BmpImageFile),
 }
@@ -166,6 +174,7 @@ def random_resized_crop(
 
     Args:
         image: [h, w, 3].
+        rng: draws the rectangle.
         size: side of the result, pixels.
         scale: range of the rectangle's share of the area, uniform.
         ratio: range of its width over height, log-uniform.

@@ -59,7 +59,8 @@ def create(
     Args:
         name: one of `names()`.
         num_classes: width of the classifier.
-        stages: for each stage its blocks, in place of the model's own. A stage may mix blocks of all kinds. None: the model's own.
+        stages: for each stage its blocks, in place of the model's own. A stage may mix blocks of all kinds. None: the
+            model's own.
         **overrides: any key of `variants.DEFAULTS` (the architecture), or of `dropout_rate`, `stochastic_depth_rate`,
             `bn_group_size`, `bn_momentum`, `bn_epsilon`, `zero_init_residual`, `padding`, `window`, `attention_impl`,
             `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`.
@@ -78,11 +79,12 @@ def create(
     if stages is None:
         stages = variants.stages(variant)
     elif replaced := [key for key in variants.STAGE_OPTIONS if key in overrides]:
-        raise ValueError(f"{replaced[0]}={overrides[replaced[0]]!r} has no effect beside stages; set it in the blocks, or leave it out")
+        key = replaced[0]
+        raise ValueError(f"{key}={overrides[key]!r} has no effect beside stages; set it in the blocks, or leave it out")
     dropout_rate = settings.pop("dropout_rate")
     backbone = Backbone(
-        stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"], activation=variant["activation"],
-        **settings | {"dtype": jnp.dtype(settings["dtype"])},
+        stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"],
+        activation=variant["activation"], **settings | {"dtype": jnp.dtype(settings["dtype"])},
     )  # fmt: skip
     return HaloNet(backbone=backbone, num_classes=num_classes, final_width=variant["final_width"], dropout_rate=dropout_rate)
 

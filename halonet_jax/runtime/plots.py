@@ -5,30 +5,33 @@ from etils import epath
 from halonet_jax.runtime import reporting
 
 SURFACE, INK, MUTED, GRID = "#fcfcfb", "#1f1f1e", "#6b6a66", "#e4e3df"
+_TITLES = {"top1": "Top-1 accuracy"}
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#4a3aa7", "#e34948")
 
 
-def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path) -> None:
-    """Draws training loss and evaluation top-1 over steps, and writes a PNG.
+def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, metric: str = "top1") -> None:
+    """Draws training loss and evaluation metric over steps, one colour for each run, and writes a PNG.
 
-    Each run has a colour. The top-1 of the raw weights is a thin line, that of the EMA a bold one.
+    The metric is of the raw weights (thin) and, where there is one, of their moving average (bold).
 
     Args:
-        workdirs: the runs. Their folder names label the lines.
-        path: of the PNG.
+        workdirs: folders of runs.
+        path: of the picture.
+        metric: the task's primary one, as reports name it after "eval/".
     """
-    figure, (loss_axes, top1_axes) = _figure(1, 2, figsize=(10, 4))
+    figure, (loss_axes, metric_axes) = _figure(1, 2, figsize=(10, 4))
     for color, workdir in zip(COLORS * len(workdirs), workdirs):
         reports, name = reporting.read_metrics(workdir), epath.Path(workdir).name
         _line(loss_axes, reports, "train/loss", color=color, linewidth=1.2, label=name)
-        _line(top1_axes, reports, "eval/top1", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
-        _line(top1_axes, reports, "eval_ema/top1", color=color, linewidth=2, label=f"{name}, EMA")
+        _line(metric_axes, reports, f"eval/{metric}", color=color, linewidth=1, alpha=0.6, label=f"{name}, raw weights")
+        _line(metric_axes, reports, f"eval_ema/{metric}", color=color, linewidth=2, label=f"{name}, EMA")
     loss_axes.set(title="Training loss", xlabel="step")
-    top1_axes.set(title="Top-1 accuracy, evaluation split", xlabel="step")
-    lines = [y for line in top1_axes.get_lines() for y in line.get_ydata()]
-    if lines:  # Show the late differences.
-        top1_axes.set_ylim(max(0, sorted(lines)[len(lines) // 4] - 0.05), 1.005)
-        top1_axes.legend(frameon=False, loc="lower right", labelcolor=INK)
+    metric_axes.set(title=f"{_TITLES.get(metric, metric.replace('_', ' ').capitalize())}, evaluation split", xlabel="step")
+    values = sorted(y for line in metric_axes.get_lines() for y in line.get_ydata())
+    if values:
+        if values[0] >= 0 and values[-1] <= 1:  # a share: late differences are what is looked for
+            metric_axes.set_ylim(max(0, values[len(values) // 4] - 0.05), 1.005)
+        metric_axes.legend(frameon=False, loc="best", labelcolor=INK)
     if len(workdirs) > 1:
         loss_axes.legend(frameon=False, labelcolor=INK)
     _save(figure, path)
