@@ -22,9 +22,10 @@ RULES = {
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
-    "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
-    "evaluate": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
-    "__init__": (set(), set()),
+    "starting": ({"errors", "training", "weights"}, ANY_LIBRARY),
+    "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
+    "evaluate": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
+    "__init__": ({"weights"}, set()),
 }
 
 
