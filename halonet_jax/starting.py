@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from halonet_jax import weights
-from halonet_jax.errors import ConfigError
+from halonet_jax.errors import ConfigError, UserError
 from halonet_jax.training.programs import Programs
 from halonet_jax.training.state import TrainState
 from halonet_jax.training.task import Task
@@ -31,7 +31,10 @@ def create(init_from: str, task: Task, program: Programs) -> TrainState:
         return state
     if task.adapt is None:
         raise ConfigError(f"init_from={init_from!r} is set, but this task cannot start from another model; leave init_from out")
-    loaded = weights.load(init_from, mesh=program.mesh)
+    try:
+        loaded = weights.load(init_from, mesh=program.mesh)
+    except UserError as error:
+        raise type(error)(f"init_from={init_from!r}: {error}") from None
     variables = {**loaded.variables, "params": jax.tree.map(np.asarray, loaded.variables["params"])}
     try:
         found, rows = task.adapt(variables, loaded.model, loaded.metadata)
