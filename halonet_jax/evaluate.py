@@ -22,8 +22,8 @@ from halonet_jax.training import evaluation, sharding, step
 from halonet_jax.training.progress import check_classes
 from halonet_jax.weights import load, load_config
 
-# How this entry spells what training sets by --config.
-_FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.train_split": "--split", "data.name": "--data_name"}
+# How this entry spells what training sets by --config. Remedies name no other setting.
+_FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.name": "--data_name"}
 _LABELS = {"top1": "top-1", "top5": "top-5"}
 
 
@@ -77,9 +77,7 @@ def evaluate(
     loaded = load(str(path), at, "ema" if ema else "raw", mesh)
     task, definition = loaded.task, tasks.find(config)
     with distributed.together("opening the data"):
-        source = definition.open_source(
-            config, split, class_names=tuple(loaded.metadata.get("class_names", ())), flag=lambda key: _FLAGS.get(key, key)
-        )
+        source = definition.open_source(config, split, class_names=tuple(loaded.metadata.get("class_names", ())), flag=_flag)
         now = definition.metadata(config, source)
         check_classes(loaded.metadata, now, f"{path} was trained on", "by --data_dir, --data_name or --split")
     with sharding.use(mesh):
@@ -89,7 +87,7 @@ def evaluate(
 
     eval_step = jax.jit(step.make_eval_step(task, mesh), out_shardings=jax.NamedSharding(mesh, jax.P()))
     weights = {"eval": (loaded.variables["params"], loaded.variables["batch_stats"])}
-    loader = Inputs(config, task, None, source).eval_batches()
+    loader = Inputs(config, task, None, source, flag=_flag).eval_batches()
     with sharding.DeviceBatches(loader, mesh) as batches:
         evaluator = evaluation.evaluate(eval_step, task.evaluator, weights, batches)["eval"]
         corrupt = int(distributed.gather(loader.num_corrupt).sum())
@@ -111,6 +109,10 @@ def evaluate(
         except OSError as error:
             raise ConfigError(f"workdir {path} cannot be written ({error}); the result is {result}") from None
     return result
+
+
+def _flag(key):
+    return _FLAGS.get(key, "")
 
 
 def summary(result: dict) -> str:
