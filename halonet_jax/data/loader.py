@@ -97,11 +97,12 @@ class Loader:
 
     Attributes:
         num_corrupt: examples replaced (train) or masked (eval) in the batches handed out so far.
+        corrupt: the reason for each of them, by name.
     """
 
     def __init__(self, examples: Examples, options):
         self.num_corrupt = 0
-        self._named = set()
+        self.corrupt: dict[str, str] = {}
         self._examples = examples
         self._num_given = 0
         self._running = [iter(_pipeline(examples, options))]
@@ -127,8 +128,8 @@ class Loader:
         self._num_given += 1
         self.num_corrupt += sum(bool(pairs) for pairs in batch["corrupt"])
         for name, reason in (pair for pairs in batch["corrupt"] for pair in pairs):
-            if name not in self._named:
-                self._named.add(name)
+            if name not in self.corrupt:
+                self.corrupt[name] = reason
                 logging.warning("Skipped corrupt image %s: %s", name, reason)
         return batch["fields"]
 
