@@ -216,7 +216,7 @@ class _Progress:
             return
         self._shown = now
         left = (self._total - self._done) * (now - self._start) / self._done
-        line = f"{self._done:,} of {self._total:,} images, {self._done / (now - self._start):.0f} a second, {_clock(left)} left"
+        line = f"{self._done:,} of {self._total:,} images, {_rate(self._done, now - self._start)}, {_clock(left)} left"
         print(f"\r\x1b[K{line}" if self._terminal else line, end="" if self._terminal else "\n", file=sys.stderr, flush=True)
 
     def clear(self):
@@ -228,7 +228,12 @@ class _Progress:
         seconds = time.monotonic() - self._start
         end = f"; skipped {skipped:,} that cannot be read, see above" if skipped else ""
         images = "1 image" if self._total == 1 else f"{self._total:,} images"
-        print(f"{images} in {_clock(seconds)}, {self._total / seconds:.0f} a second{end}", file=sys.stderr)
+        print(f"{images} in {_clock(seconds)}, {_rate(self._total, seconds)}{end}", file=sys.stderr)
+
+
+def _rate(images, seconds):
+    rate = images / seconds
+    return f"{rate:,.0f} a second" if rate >= 10 else f"{rate:.1f} a second"
 
 
 def _clock(seconds):

@@ -24,6 +24,7 @@ RULES = {
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
+    "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
     "evaluate": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
     "__init__": (set(), set()),

@@ -120,22 +120,30 @@ def attention(image: Any, rows: Sequence[Sequence[AttentionPanel | None]], title
         path: of the PNG.
     """
     height, width = image.shape[:2]
-    columns, names = 1 + max(map(len, rows)), ("query", "block", "block and halo: keys")
+    columns, names = 1 + max(map(len, rows)), ("query", "block", "block and halo: where its keys are", "attended to most")
     ratio = min(max(height / width, 0.5), 2)
     figure, axes = _figure(len(rows), columns, figsize=(2.6 * columns, (2.6 * ratio + 0.3) * len(rows) + 0.4), squeeze=False)
+    shown = None
     for (first, *others), panels in zip(axes, rows):
-        _show(first, image, title if panels is rows[0] else "")
-        known = next(panel for panel in panels if panel)
-        y, x = (known.query[0] + known.query[2]) / 2 * height, (known.query[1] + known.query[3]) / 2 * width
-        for color, size in (("black", 13), ("white", 9)):
-            first.plot(x, y, "+", color=color, markersize=size, markeredgewidth=size / 4)
+        query = next(panel.query for panel in panels if panel)
+        if query == shown:  # one more head of the same query
+            first.set_axis_off()
+        else:
+            _show(first, image, title if shown is None else "")
+            y, x = (query[0] + query[2]) / 2 * height, (query[1] + query[3]) / 2 * width
+            for color, size in (("black", 13), ("white", 9)):
+                first.plot(x, y, "+", color=color, markersize=size, markeredgewidth=size / 4)
+            shown = query
         for a, panel in zip(others, panels):
             if panel is None:
                 a.set_axis_off()
                 continue
             _show(a, image, panel.title)
             _shade(a, panel, height, width)
-    figure.legend(_outlines(), names, loc="outside lower center", ncols=3, frameon=False, labelcolor=INK, fontsize=9)
+    figure.legend(
+        _samples(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9, handlelength=1.8,
+        handleheight=1.2,
+    )  # fmt: skip
     _save(figure, path)
 
 
@@ -158,23 +166,24 @@ def _show(axes, image, title):
 def _shade(axes, panel, height, width):
     from matplotlib import colormaps
 
-    top, left, bottom, right = panel.window
-    axes.add_patch(_rectangle((0, 0, height, width), facecolor="black", alpha=0.6))
+    sides, (top, left, bottom, right) = (height, width) * 2, panel.window
+    axes.add_patch(_rectangle((0, 0, height, width), facecolor="black", alpha=0.55, linewidth=0, zorder=1))
     share = panel.weights / max(panel.weights.max(), 1e-12)
     shade = colormaps["inferno"](share)
-    shade[..., 3] = 0.35 + 0.5 * share  # the image shows through, most where little is attended to
-    axes.imshow(shade, extent=(left * width, right * width, bottom * height, top * height), interpolation="nearest")
+    shade[..., 3] = 0.25 + 0.6 * share  # the image shows through, most where little is attended to
+    extent = (left * width, right * width, bottom * height, top * height)
+    axes.imshow(shade, extent=extent, interpolation="nearest", zorder=2)
     axes.set(xlim=(0, width), ylim=(height, 0))
-    for box, style in reversed(list(zip((panel.query, panel.block, panel.window), _OUTLINES))):
-        box = [edge * side for edge, side in zip(box, (height, width) * 2)]
-        inset = 0.006 * max(height, width)  # a line on the image's edge would be cut in half
-        box = max(box[0], inset), max(box[1], inset), min(box[2], height - inset), min(box[3], width - inset)
-        axes.add_patch(_rectangle(box, fill=False, edgecolor="black", linewidth=style["linewidth"] + 1.6, alpha=0.7))
-        axes.add_patch(_rectangle(box, fill=False, **style))
+    inset = 0.008 * max(height, width)  # a line on the image's edge would be cut in half
+    for order, (box, style) in enumerate(reversed(list(zip((panel.query, panel.block, panel.window), _OUTLINES)))):
+        box = [min(max(edge * side, inset), side - inset) for edge, side in zip(box, sides)]
+        axes.add_patch(_rectangle(box, fill=False, edgecolor="black", linewidth=style["linewidth"] + 1.4, zorder=3 + order))
+        axes.add_patch(_rectangle(box, fill=False, zorder=3 + order, **style))
 
 
-def _outlines():
-    return [_rectangle((0, 0, 1, 1), facecolor="#55534e", **style) for style in _OUTLINES]
+def _samples():
+    outlines = [_rectangle((0, 0, 1, 1), facecolor="#55534e", **style) for style in _OUTLINES]
+    return [*outlines, _rectangle((0, 0, 1, 1), facecolor="#e2e38f", linewidth=0)]
 
 
 def _rectangle(box, **style):
