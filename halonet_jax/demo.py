@@ -52,17 +52,19 @@ class Viewer:
     Args:
         loaded: from `halonet_jax.load`; a classification model of `halonet_jax.models`.
         max_pixels: most pixels of an image, height times width.
+        name: what the page calls the model; None: the name of its folder.
 
     Raises:
         ConfigError: the model is of another kind.
     """
 
-    def __init__(self, loaded: Loaded, max_pixels: int = MAX_PIXELS):
+    def __init__(self, loaded: Loaded, max_pixels: int = MAX_PIXELS, name: str | None = None):
         if loaded.config.task != "classification":
             raise ConfigError(f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}")
         self._loaded, self._capture = loaded, attention_maps.Capture(loaded)
         options = loaded.config.data.copy_and_resolve_references()
         options.max_pixels = min(options.max_pixels, max_pixels)
+        self._name = name or loaded.folder.name
         self._names = loaded.metadata["class_names"]
         self._transform = data.ClassificationTransform(options, num_classes=len(self._names), training=False, upright=True)
         self._captured: collections.OrderedDict[str, attention_maps.Captured] = collections.OrderedDict()
@@ -72,7 +74,7 @@ class Viewer:
         """Returns what the page's head says of the model, as JSON values."""
         loaded, size = self._loaded, self._loaded.config.data.image_size
         return {
-            "name": loaded.config.model.name, "folder": str(loaded.folder), "step": loaded.step, "weights": loaded.weights,
+            "name": self._name, "architecture": loaded.config.model.name, "step": loaded.step, "weights": loaded.weights,
             "classes": len(self._names), "image_size": size, "figures": loaded.figures,
         }  # fmt: skip
 
@@ -127,7 +129,13 @@ class Viewer:
         ]
 
 
-def make_app(loaded: Loaded, host: str = "localhost", max_upload_mb: float = MAX_UPLOAD_MB, max_pixels: int = MAX_PIXELS) -> Any:
+def make_app(
+    loaded: Loaded,
+    host: str = "localhost",
+    max_upload_mb: float = MAX_UPLOAD_MB,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Any:
     """Returns the page as an ASGI application, for Starlette's test client, uvicorn or another server.
 
     Args:
@@ -136,6 +144,7 @@ def make_app(loaded: Loaded, host: str = "localhost", max_upload_mb: float = MAX
             so that no other site can reach it through a name that it points here.
         max_upload_mb: largest file, in millions of bytes.
         max_pixels: most pixels of an image, height times width.
+        name: what the page calls the model; None: the name of its folder.
 
     Raises:
         ConfigError: Starlette is not installed, or the model is of another kind.
@@ -145,7 +154,7 @@ def make_app(loaded: Loaded, host: str = "localhost", max_upload_mb: float = MAX
         from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ModuleNotFoundError:
         raise ConfigError("the page needs the package starlette; pip install -e '.[demo]'") from None
-    viewer = Viewer(loaded, max_pixels)
+    viewer = Viewer(loaded, max_pixels, name)
     page = resources.files("halonet_jax").joinpath("demo_page.html").read_text(encoding="utf-8")
     most = int(max_upload_mb * 1e6)
 
@@ -232,7 +241,7 @@ def main() -> int:
     loaded = load(f.model, f.step, f.weights)
     if (loaded.folder / "checkpoints").exists():
         workdir_lib.use_compile_cache(loaded.folder)
-    app = make_app(loaded, f.host, f.max_upload_mb, f.max_pixels)
+    app = make_app(loaded, f.host, f.max_upload_mb, f.max_pixels, f.model)
     try:
         listening = _listen(f.host, f.port)
     except OSError as error:
