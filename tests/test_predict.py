@@ -44,7 +44,7 @@ def turned(orientation):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train(folder, max_steps=12, ema_decay=0.5)
+    train(folder, max_steps=12)
     return folder
 
 
@@ -94,7 +94,7 @@ def test_the_command_predicts_in_order_and_names_what_is_broken(workdir, loaded,
     done = run(
         command(
             "predict", str(photos / "z" / "last.BMP"), f"--model={workdir}", str(photos), "--top=3", "--format=json",
-            f"--out={out}", str(tmp_path / "animated.gif"), "--batch_size=4", f"--attention={pictures}", "--at=0.3,0.9", "--heads",
+            f"--out={out}", str(tmp_path / "animated.gif"), "--batch_size=4", f"--attention={pictures}", "--at=0.3,0.9",
         ),
         code=1, devices=2,
     )  # fmt: skip
@@ -110,10 +110,21 @@ def test_the_command_predicts_in_order_and_names_what_is_broken(workdir, loaded,
     probabilities = np.exp(logits) / np.exp(logits).sum()
     expected = [{"class": NAMES[n], "probability": pytest.approx(probabilities[n], abs=1e-5)} for n in np.argsort(-probabilities)[:3]]
     assert found[1]["classes"] == expected
-    # One picture for each, numbered by the file's place; the query's outline is in it.
-    paths = [record["attention"] for record in found]
+    paths = [record["attention"] for record in found]  # numbered by the file's place
     assert paths == sorted(map(str, pictures.iterdir())) and paths[1].endswith("02_a.png")
-    assert (cv2.imread(paths[1]) == (0xFF, 0xF0, 0x5F)).all(-1).sum() > 100
+
+
+def test_attention_pictures_show_every_query_and_head(loaded, photos, tmp_path):
+    heights, outlines = [], []
+    for heads in (False, True):
+        (found,) = predict.predict(loaded, [photos / "a.png"], attention=str(tmp_path / str(heads)), heads=heads)
+        picture = cv2.imread(found.attention)
+        heights.append(picture.shape[0])
+        outlines.append((picture == (0xFF, 0xF0, 0x5F)).all(-1).sum())
+    layers = loaded.model.backbone.attention_layers(16, 16)
+    rows = 1 + max(layer.num_heads for layer in layers)
+    assert heights[1] / heights[0] == pytest.approx(rows, rel=0.15)
+    assert outlines[0] > 1000 and outlines[1] > 3 * outlines[0]
 
 
 def test_a_turned_photograph_is_predicted_like_the_upright_one(loaded, photos):
