@@ -5,6 +5,8 @@
     captured = capture(image)  # uint8 [H, W, 3], as the model's evaluation crops it
     seen = captured.layers[0].at(0.5, 0.5)  # by the query in the middle of the image, in the first attention layer
     seen.weights  # float32 [heads, rows, columns] over its window; each head's sum to 1
+
+Weights follow the definition of `ops.halo_attention`, from the queries and keys that the model's own run computed.
 """
 
 import dataclasses
@@ -214,11 +216,15 @@ class Capture:
         """
         image = np.asarray(image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
-            raise ConfigError(f"the image is {image.dtype}{list(image.shape)}; it must be uint8[height, width, 3], as a batch's row")
+            raise ConfigError(
+                f"the image is {image.dtype}{list(image.shape)}; it must be uint8[height, width, 3], as a batch's row"
+            )
         logits, kept, strength = jax.device_get(self._run(self._variables, image))
         layers = self._model.backbone.attention_layers(*image.shape[:2])
         options = self._settings[image.shape]
-        return Captured(logits, [AttentionMap(*x) for x in zip(layers, *zip(*kept), *zip(*options))] if layers else [], strength)
+        return Captured(
+            logits, [AttentionMap(*x) for x in zip(layers, *zip(*kept), *zip(*options))] if layers else [], strength
+        )
 
     def _traced(self, variables, image):
         layers = self._model.backbone.attention_layers(*image.shape[:2])

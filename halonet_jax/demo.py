@@ -60,7 +60,9 @@ class Viewer:
 
     def __init__(self, loaded: Loaded, max_pixels: int = MAX_PIXELS, name: str | None = None):
         if loaded.config.task != "classification":
-            raise ConfigError(f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}")
+            raise ConfigError(
+                f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}"
+            )
         self._loaded, self._capture = loaded, attention_maps.Capture(loaded)
         options = loaded.config.data.copy_and_resolve_references()
         options.max_pixels = min(options.max_pixels, max_pixels)
@@ -104,7 +106,8 @@ class Viewer:
             "crop": "data:image/png;base64," + base64.b64encode(png).decode(),
             "place": captured.strongest(1)[0],
             "layers": [
-                {"stage": found.layer.stage, "block": found.layer.block, "heads": found.layer.num_heads} for found in captured.layers
+                {"stage": found.layer.stage, "block": found.layer.block, "heads": found.layer.num_heads}
+                for found in captured.layers
             ],
         }
 
@@ -225,7 +228,9 @@ def define_flags() -> None:
     flags.DEFINE_string("model", None, "A workdir, a folder that halonet_jax.export wrote, or hf://OWNER/NAME[@REVISION].")
     flags.DEFINE_string("step", "latest", "Checkpoint of a workdir: a step number, 'latest' or 'best'.")
     flags.DEFINE_enum("weights", None, ("raw", "ema"), "Of a workdir; default: ema, the moving average, where the run kept it.")
-    flags.DEFINE_string("host", "localhost", "Name or address to serve on; 0.0.0.0: all that this machine has, without a password.")
+    flags.DEFINE_string(
+        "host", "localhost", "Name or address to serve on; 0.0.0.0: all that this machine has, without a password."
+    )
     flags.DEFINE_integer("port", 8000, "Port to serve on; 0: any that is free.", 0, 65535)
     flags.DEFINE_float("max_upload_mb", MAX_UPLOAD_MB, "Largest file, in MB.", 0)
     flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Most pixels of an image, height times width.", 1)
@@ -248,7 +253,10 @@ def main() -> int:
         raise ConfigError(f"{f.host}:{f.port} cannot be served on ({error.strerror}); give another --port or --host") from None
     with listening:
         shown = f"[{f.host}]" if ":" in f.host else f.host
-        print(f"serving {loaded.folder} (step {loaded.step}) on http://{shown}:{listening.getsockname()[1]}; Ctrl-C ends it", flush=True)
+        print(
+            f"serving {loaded.folder} (step {loaded.step}) on http://{shown}:{listening.getsockname()[1]}; Ctrl-C ends it",
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):  # how the page is meant to end
             uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
     return 0

@@ -52,7 +52,11 @@ def test_places_and_boxes_are_shares_of_the_image():
     captured = attention_maps.Capture(loaded)(np.random.default_rng(0).integers(0, 256, (32, 64, 3), np.uint8))
     first, second = captured.layers  # maps of 8 x 16; the second layer's queries are on every second pixel
     seen = first.at(0.99, 0.3)
-    assert seen.query == (7 / 8, 4 / 16, 1, 5 / 16) and seen.block == (0.5, 0.25, 1, 0.5) and seen.window == (3 / 8, 3 / 16, 9 / 8, 9 / 16)
+    assert (
+        seen.query == (7 / 8, 4 / 16, 1, 5 / 16)
+        and seen.block == (0.5, 0.25, 1, 0.5)
+        and seen.window == (3 / 8, 3 / 16, 9 / 8, 9 / 16)
+    )
     assert seen.weights.shape == (first.layer.num_heads, 6, 6) and not seen.weights[:, -1].any()  # below the map
     assert second.at(0.99, 0.3).query == (6 / 8, 4 / 16, 7 / 8, 5 / 16)
     assert first.at(1, 1).query[2:] == (1, 1)
