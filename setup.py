@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `bench`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `bench`."""
 
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["halonet_jax", "halonet_jax.*"]),
+    package_data={"halonet_jax": ["demo_page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -45,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
+        "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
         "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
     },
 )
