@@ -74,24 +74,38 @@ class Loaded:
 
 
 def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
-    """Reads the config of a run.
+    """Reads the config of a run or of a portable folder.
 
     Args:
-        folder: the workdir of a training run, local or `gs://`.
+        folder: a path as `load` takes it, or a folder of any of the formats that `halonet_jax.export` writes.
 
     Returns:
         The folder's full path, and the config.
 
     Raises:
-        ConfigError: where the folder holds no config, or a damaged one.
+        ConfigError: the folder holds no config, or a damaged one.
+        CheckpointError: the folder is portable and its config is damaged.
     """
-    path = workdir_lib.locate(str(folder))
+    path = locate(folder)
+    if portable.has_config(path):
+        return path, portable.read_config(path).config
     try:
         return path, config_lib.from_json((path / "config.json").read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"workdir {path} holds no config.json; give the --workdir of a training run") from None
+        raise ConfigError(
+            f"{path} holds no config.json; give the workdir of a training run, or a folder that halonet_jax.export wrote"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the --workdir of a training run") from None
+        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the workdir of a training run") from None
+
+
+def locate(path: str) -> epath.Path:
+    """Returns the folder of a model, downloaded where it is on the hub.
+
+    Args:
+        path: as `load` takes it.
+    """
+    return hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
 
 
 def load(
@@ -119,8 +133,8 @@ def load(
     if weights not in ("raw", "ema", None):
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")
     mesh = mesh or sharding.make_mesh()
-    folder = hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
-    if portable.is_portable(folder):
+    folder = locate(path)
+    if portable.is_portable(folder) or portable.has_config(folder):
         return _load_portable(folder, step, weights, mesh)
     folder, config = load_config(str(folder))
     _neutralize(config)
@@ -149,6 +163,8 @@ def _load_portable(folder, step, weights, mesh):
             raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
     _neutralize(about.config)
     task = tasks.make_task(about.config, about.metadata)
+    if not portable.is_portable(folder):
+        raise CheckpointError(f"{folder} holds no {portable.WEIGHTS}; export it with weights among the --format")
     variables = portable.read_variables(folder, _abstract(task, mesh))
     return Loaded(about.config, task, variables, about.metadata, about.step, about.weights, folder, about.figures)
 
