@@ -21,9 +21,13 @@ RULES = {
     "tasks": ({"errors", "config", "ops", "models", "data", "runtime", "training"}, ANY_LIBRARY),
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
+    "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
-    "evaluate": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights"}, ANY_LIBRARY),
+    "evaluate": (
+        {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
+    ),
+    "export": ({"errors", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
     "__init__": (set(), set()),
 }
 

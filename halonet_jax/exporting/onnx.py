@@ -3,6 +3,7 @@
 The model takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 
 import jax
@@ -33,6 +34,7 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     """
     import jax2onnx
 
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that a later pass fills in
     if loaded.config.model.dtype != "float32":
         raise ExportError(f"onnx: the model computes in {loaded.config.model.dtype}, ONNX in float32; add --dtype=float32")
     # The reference attention has a softmax over two axes, which jax2onnx does not convert.

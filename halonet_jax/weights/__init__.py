@@ -158,9 +158,7 @@ def load(
 
 def _load_portable(folder, step, weights, mesh):
     about = portable.read_config(folder)
-    for name, given, there in (("step", step, str(about.step)), ("weights", weights, about.weights)):
-        if given not in (None, "latest", "best") and str(given) != there:
-            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
+    portable.check_holds(folder, about, step, weights)
     _neutralize(about.config)
     task = tasks.make_task(about.config, about.metadata)
     if not portable.is_portable(folder):

@@ -158,6 +158,23 @@ def read_config(folder: epath.Path) -> Portable:
     return Portable(config, metadata, content["step"], content["weights"], figures)
 
 
+def check_holds(folder: epath.Path, about: Portable, step: int | str, weights: str | None) -> None:
+    """Checks that a portable folder holds what was asked for. It holds one checkpoint.
+
+    Args:
+        folder: for messages.
+        about: of the folder.
+        step: as of `halonet_jax.load`.
+        weights: likewise.
+
+    Raises:
+        ConfigError: it holds another step or other weights.
+    """
+    for name, given, there in (("step", step, str(about.step)), ("weights", weights, about.weights)):
+        if given not in (None, "latest", "best") and str(given) != there:
+            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
+
+
 def read_variables(folder: epath.Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     """Reads `model.safetensors`. Nothing in it is ever executed.
 
