@@ -3,7 +3,8 @@
     python -m halonet_jax.evaluate --workdir=runs/digits [--ema] [--step=best] [--split=test] [--data_dir=…] [--data_name=…]
     python -m halonet_jax.evaluate --model=exported [--format=onnx] [--out=results] [--split=test] …
 
-An export runs in its own runtime: JAX, TensorFlow or onnxruntime. In Python, `evaluate(workdir, …)` does the same and returns the result.
+An export runs in its own runtime: JAX, TensorFlow or onnxruntime. In Python, `evaluate(workdir, …)` does the same and returns
+the result.
 """
 
 import json

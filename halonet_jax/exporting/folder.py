@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 
 from halonet_jax import __version__
@@ -47,7 +48,8 @@ def write(
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
-        report = _fill(epath.Path(partial), loaded, names, out.name, log)
+        with jax.default_device(checking.cpu_mesh().devices.flat[0]):
+            report = _fill(epath.Path(partial), loaded, names, out.name, log)
         _put_in_place(partial, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({storage.reason(error)}); {storage.remedy(error)}") from None

@@ -1,7 +1,7 @@
 """Format `savedmodel`: TensorFlow's own, by `jax2tf`. It runs in plain TensorFlow and in TensorFlow Serving.
 
-The signature `serving_default` takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32. It holds a program for
-CPU and one for CUDA.
+The signature `serving_default` takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32. It holds a
+program for CPU and one for CUDA.
 """
 
 import contextlib
