@@ -28,7 +28,7 @@ RULES = {
         {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
     ),
     "export": ({"errors", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
-    "__init__": (set(), set()),
+    "__init__": ({"weights"}, set()),  # inside `load` alone
 }
 
 

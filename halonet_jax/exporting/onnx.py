@@ -3,6 +3,8 @@
 The model takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32.
 """
 
+import contextlib
+import io
 import logging
 from collections.abc import Callable, Iterator
 
@@ -34,7 +36,6 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     """
     import jax2onnx
 
-    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it warns of every shape that a later pass fills in
     if loaded.config.model.dtype != "float32":
         raise ExportError(f"onnx: the model computes in {loaded.config.model.dtype}, ONNX in float32; add --dtype=float32")
     # The reference attention has a softmax over two axes, which jax2onnx does not convert.
@@ -46,14 +47,28 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
         with sharding.use(mesh):
             return model.apply(variables, loaded.task.normalize(images), train=False)
 
-    converted = jax2onnx.to_onnx(
-        predict, [jax.ShapeDtypeStruct(("batch", size, size, 3), jnp.uint8)], model_name="halonet_jax",
-        input_names=["images"], output_names=["logits"],
-    )  # fmt: skip
+    with _quiet():
+        converted = jax2onnx.to_onnx(
+            predict, [jax.ShapeDtypeStruct(("batch", size, size, 3), jnp.uint8)], model_name="halonet_jax",
+            input_names=["images"], output_names=["logits"],
+        )  # fmt: skip
     if converted.ByteSize() >= _LIMIT:
         raise ExportError(f"onnx: the model has {converted.ByteSize()} bytes, ONNX takes {_LIMIT}; leave onnx out of --format")
     # All in one file: with weights in a second one, the file could not be renamed.
     (folder / FILE).write_bytes(converted.SerializeToString())
+
+
+@contextlib.contextmanager
+def _quiet():
+    """jax2onnx prints what it tries, and onnx_ir warns of every shape that a later pass fills in. What it raises says enough."""
+    logger = logging.getLogger("onnx_ir")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
