@@ -72,7 +72,7 @@ def evaluate(
     """
     if (workdir is None) == (model is None):
         raise ConfigError("give either --workdir, the folder of a run, or --model, an exported folder or a name on the hub")
-    path, config = load_config(workdir or model)
+    path, config = load_config(workdir or model, exporting.patterns(format))
     exported = portable.has_config(path)
     if format is not None and not exported:
         raise ConfigError(f"--format={format} is for exports, and {path} is a workdir; leave --format out")

@@ -8,6 +8,8 @@ path of `halonet_jax.load` in place of a workdir. In Python, `export(model, out,
 """
 
 import dataclasses
+import signal
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from absl import flags
 from halonet_jax import command_line, exporting, tasks
 from halonet_jax.errors import ConfigError
 from halonet_jax.exporting import checking
+from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.weights import load
 
 _DTYPES = tuple(checking.TOLERANCES)
@@ -57,6 +60,8 @@ def export(
     exporting.folder.check_out(out, overwrite)
     if dtype not in (*_DTYPES, None):
         raise ConfigError(f"dtype={dtype!r} is unknown; use one of {', '.join(_DTYPES)}")
+    if (folder := Path(model) / "checkpoints").is_dir():
+        workdir_lib.use_compile_cache(folder.parent.resolve())  # a second export of the run starts in less time
     loaded = load(model, step, weights, checking.cpu_mesh())
     if dtype not in (None, loaded.config.model.dtype):
         config = loaded.config.copy_and_resolve_references()
@@ -82,6 +87,7 @@ def main() -> int:
     f = flags.FLAGS
     if (f.workdir is None) == (f.model is None):
         raise ConfigError("give either --workdir, the folder of a run, or --model, a folder or a name on the hub")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the half-written folder goes
     log = lambda line: print(f"  {line}", flush=True)
     export(f.workdir or f.model, f.out, f.format, f.step, f.weights, f.dtype, f.overwrite, log)
     print(f"written to {Path(f.out).absolute()}")

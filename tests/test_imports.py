@@ -27,7 +27,7 @@ RULES = {
     "evaluate": (
         {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
     ),
-    "export": ({"errors", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
+    "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),  # inside `load` alone
 }
 

@@ -12,6 +12,6 @@
 """
 
 from halonet_jax.exporting.folder import write
-from halonet_jax.exporting.formats import FORMATS, Runner, find, open_runner
+from halonet_jax.exporting.formats import FORMATS, Runner, find, open_runner, patterns
 
-__all__ = ["FORMATS", "Runner", "find", "open_runner", "write"]
+__all__ = ["FORMATS", "Runner", "find", "open_runner", "patterns", "write"]

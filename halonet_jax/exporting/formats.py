@@ -10,7 +10,7 @@ from etils import epath
 from halonet_jax.errors import CheckpointError, ConfigError
 from halonet_jax.exporting import onnx, savedmodel, stablehlo, weights
 from halonet_jax.training.task import Task
-from halonet_jax.weights import Loaded
+from halonet_jax.weights import Loaded, portable
 
 # uint8 [B, image_size, image_size, 3] -> float32 [B, num_classes]
 Runner = Callable[[np.ndarray], np.ndarray]
@@ -77,6 +77,16 @@ def check_installed(format: Format) -> None:
     if missing:
         command = f"pip install -e '.[{format.EXTRA}]'" if format.EXTRA else f"pip install {' '.join(missing)}"
         raise ConfigError(f"format {format.NAME} needs {' and '.join(missing)}; {command}")
+
+
+def patterns(name: str | None) -> tuple[str, ...]:
+    """Returns the patterns of the files that an evaluation needs from the hub.
+
+    Args:
+        name: of a format; None: weights.
+    """
+    files = FORMATS[name].FILES if name in FORMATS else weights.FILES
+    return (portable.CONFIG, *files, *(f"{file}/*" for file in files))
 
 
 def find(folder: epath.Path, name: str | None = None) -> str:

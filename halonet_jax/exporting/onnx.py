@@ -15,6 +15,7 @@ from etils import epath
 
 from halonet_jax.errors import CheckpointError, ExportError
 from halonet_jax.exporting import checking
+from halonet_jax.models import transfer
 from halonet_jax.training import sharding
 from halonet_jax.training.task import Task
 from halonet_jax.weights import Loaded
@@ -34,13 +35,17 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     Raises:
         ExportError: it does not, or is too large.
     """
-    import jax2onnx
+    with _quiet():
+        import jax2onnx
 
     if loaded.config.model.dtype != "float32":
         raise ExportError(f"onnx: the model computes in {loaded.config.model.dtype}, ONNX in float32; add --dtype=float32")
-    # The reference attention has a softmax over two axes, which jax2onnx does not convert.
-    model = loaded.model.clone(backbone=loaded.model.backbone.clone(attention_impl="xla", remat=False))
-    variables, size, mesh = jax.tree.map(np.asarray, loaded.variables), loaded.config.data.image_size, checking.cpu_mesh()
+    # jax2onnx converts neither the reference attention, with its softmax over two axes, nor loops over blocks.
+    backbone, variables = loaded.model.backbone, jax.tree.map(np.asarray, loaded.variables)
+    if backbone.scan:
+        variables = jax.tree.map(np.asarray, transfer.unstack_blocks(variables, backbone.stages))
+    model = loaded.model.clone(backbone=backbone.clone(attention_impl="xla", remat=False, scan=False))
+    size, mesh = loaded.config.data.image_size, checking.cpu_mesh()
 
     def predict(images):
         # With a mesh the platform is known, and the program holds no choice of platform, which jax2onnx does not convert.
@@ -60,15 +65,17 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
 
 @contextlib.contextmanager
 def _quiet():
-    """jax2onnx prints what it tries, and onnx_ir warns of every shape that a later pass fills in. What it raises says enough."""
-    logger = logging.getLogger("onnx_ir")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """jax2onnx and onnx_ir print and log pages on what they try and leave out. What they raise says enough."""
+    loggers = [logging.getLogger(name) for name in ("jax2onnx", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
 
 
 def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:

@@ -73,11 +73,12 @@ class Loaded:
         return jax.jit(lambda variables, images: self.model.apply(variables, self.task.normalize(images), method="features"))
 
 
-def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
+def load_config(folder: str, files: tuple[str, ...] = hub.WEIGHTS) -> tuple[epath.Path, ml_collections.ConfigDict]:
     """Reads the config of a run or of a portable folder.
 
     Args:
         folder: a path as `load` takes it, or a folder of any of the formats that `halonet_jax.export` writes.
+        files: patterns of the files to download where it is on the hub.
 
     Returns:
         The folder's full path, and the config.
@@ -86,7 +87,7 @@ def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
         ConfigError: the folder holds no config, or a damaged one.
         CheckpointError: the folder is portable and its config is damaged.
     """
-    path = locate(folder)
+    path = locate(folder, files)
     if portable.has_config(path):
         return path, portable.read_config(path).config
     try:
@@ -99,13 +100,14 @@ def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
         raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the workdir of a training run") from None
 
 
-def locate(path: str) -> epath.Path:
+def locate(path: str, files: tuple[str, ...] = hub.WEIGHTS) -> epath.Path:
     """Returns the folder of a model, downloaded where it is on the hub.
 
     Args:
         path: as `load` takes it.
+        files: patterns of the files to download.
     """
-    return hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
+    return hub.download(path, files) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
 
 
 def load(
