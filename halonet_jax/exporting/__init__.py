@@ -5,7 +5,7 @@
     config.json         the training config, class names and preprocessing; every format needs it (`weights.portable`)
     README.md           the model card (`card`)
     export.json         what was run back, and the errors that were measured (`checking`)
-    model.safetensors   format weights
+    model.safetensors   formats weights and stablehlo
     model_uint8.stablehlo, model_float32.stablehlo      format stablehlo
     savedmodel/         format savedmodel
     model.onnx          format onnx

@@ -29,11 +29,13 @@ _USE = {
 
 model = halonet_jax.load("FOLDER")  # or hf://OWNER/NAME
 logits = model.logits(images)  # uint8 [batch, SIZE, SIZE, 3]""",
-    "stablehlo": """from jax import export
+    "stablehlo": """import safetensors.flax
+from jax import export
 
 with open("FOLDER/model_uint8.stablehlo", "rb") as file:
     model = export.deserialize(bytearray(file.read()))
-logits = model.call(images)  # uint8 [batch, SIZE, SIZE, 3]""",
+weights = safetensors.flax.load_file("FOLDER/model.safetensors")
+logits = model.call(weights, images)  # uint8 [batch, SIZE, SIZE, 3]""",
     "savedmodel": """import tensorflow as tf
 
 model = tf.saved_model.load("FOLDER/savedmodel")

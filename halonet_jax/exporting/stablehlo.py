@@ -1,7 +1,8 @@
 """Format `stablehlo`: programs that JAX, and other users of StableHLO, run without this package.
 
-Each file is one program for CPU, CUDA and TPU, for any batch size, with the weights inside. On TPU it runs the fused kernels; on
-CUDA the einsum, since `jax.export` takes no Triton kernels.
+Each file is one program for CPU, CUDA and TPU, for any batch size. On TPU it runs the fused kernels; on CUDA the einsum, since
+`jax.export` takes no Triton kernels. Its first argument is the weights, as `safetensors` reads them from `model.safetensors`: as
+constants of the program, XLA would compute with them in another order, and the logits would not be the checkpoint's, bit for bit.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,42 +14,44 @@ from etils import epath
 from jax import export
 
 from halonet_jax.errors import CheckpointError
+from halonet_jax.exporting import checking
 from halonet_jax.training.task import Task
-from halonet_jax.weights import Loaded
+from halonet_jax.weights import Loaded, load, portable
 
 # Images as they are, uint8, or normalised by the caller, float32.
 IMAGES, NORMALIZED = "model_uint8.stablehlo", "model_float32.stablehlo"
-NAME, FILES, PACKAGES, EXTRA, EXACT = "stablehlo", (IMAGES, NORMALIZED), (), "", False
+NAME, FILES, PACKAGES, EXTRA, EXACT = "stablehlo", (IMAGES, NORMALIZED, portable.WEIGHTS), (), "", False
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def write(folder: epath.Path, loaded: Loaded) -> None:
-    """Writes both programs.
+    """Writes both programs, and the weights where they are not there yet.
 
     Args:
         folder: where the files go.
         loaded: the model.
     """
-    # As NumPy arrays, the weights are constants of no device. Behind the barrier XLA does not compute with them while it
-    # compiles: that takes long, and rounds otherwise than the checkpoint's own program.
-    variables = jax.tree.map(np.asarray, loaded.variables)
-    weights = lambda: jax.lax.optimization_barrier(jax.tree.map(jnp.asarray, variables))
+    if not (folder / portable.WEIGHTS).exists():
+        portable.write_weights(folder, loaded.variables)
+    weights, structure = portable.named(loaded.variables), jax.tree.structure(loaded.variables)
+    variables = lambda weights, names=tuple(weights): jax.tree.unflatten(structure, [weights[name] for name in names])
 
-    def from_images(images):
-        held = weights()
+    def from_images(weights, images):
+        held = variables(weights)
         return loaded.task.predict(held["params"], held["batch_stats"], {"image": images})
 
-    def from_normalized(images):
-        return loaded.model.apply(weights(), images, train=False)
+    def from_normalized(weights, images):
+        return loaded.model.apply(variables(weights), images, train=False)
 
     size = loaded.config.data.image_size
+    abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     for name, function, dtype in ((IMAGES, from_images, jnp.uint8), (NORMALIZED, from_normalized, jnp.float32)):
         images = jax.ShapeDtypeStruct(export.symbolic_shape(f"batch, {size}, {size}, 3"), dtype)
-        (folder / name).write_bytes(export.export(jax.jit(function), platforms=PLATFORMS)(images).serialize())
+        (folder / name).write_bytes(export.export(jax.jit(function), platforms=PLATFORMS)(abstract, images).serialize())
 
 
 def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """Yields each file's name and its runner, on JAX's default device.
+    """Yields each program's name and its runner, on JAX's default device.
 
     Args:
         folder: an export.
@@ -58,9 +61,11 @@ def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.
         CheckpointError: a file is damaged, or of another version of JAX's format.
     """
     run = _open(folder / IMAGES)
-    yield IMAGES, lambda images: np.asarray(run(images))
+    variables = load(str(folder), mesh=checking.cpu_mesh()).variables  # checked
+    weights = {name: jnp.asarray(np.asarray(x)) for name, x in portable.named(variables).items()}
+    yield IMAGES, lambda images: np.asarray(run(weights, images))
     normalize, run_normalized = jax.jit(lambda images: task.normalize(images).astype(jnp.float32)), _open(folder / NORMALIZED)
-    yield NORMALIZED, lambda images: np.asarray(run_normalized(normalize(images)))
+    yield NORMALIZED, lambda images: np.asarray(run_normalized(weights, normalize(images)))
 
 
 def _open(path):

@@ -52,6 +52,16 @@ def is_portable(folder: epath.Path) -> bool:
     return (folder / WEIGHTS).exists()
 
 
+def named(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by path, such as "params/backbone/stem_conv/kernel", in the order of `jax.tree.leaves`.
+
+    Args:
+        tree: such as `Loaded.variables`.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
+
+
 def has_config(folder: epath.Path) -> bool:
     """Returns whether a folder holds the `config.json` of a portable model, which differs from that of a run.
 
@@ -90,7 +100,7 @@ def write_weights(folder: epath.Path, variables: Mapping[str, Any]) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    arrays = {name: jax.numpy.asarray(np.asarray(leaf)) for name, leaf in _named(variables).items()}
+    arrays = {name: jax.numpy.asarray(np.asarray(leaf)) for name, leaf in named(variables).items()}
     (folder / WEIGHTS).write_bytes(safetensors.flax.save(arrays))
 
 
@@ -192,7 +202,7 @@ def read_variables(folder: epath.Path, abstract: Mapping[str, Any]) -> dict[str,
         raise CheckpointError(f"{path} cannot be read ({error}); {_REMEDY}") from None
     except Exception as error:  # the library raises several types, by what is wrong in the header
         raise CheckpointError(f"{path} is no safetensors file ({' '.join(str(error).split())[:200]}); {_REMEDY}") from None
-    wanted = _named(abstract)
+    wanted = named(abstract)
     show = lambda x: "absent" if x is None else f"{x.dtype}{list(x.shape)}"
     wrong = [
         name for name in sorted(wanted | arrays)
@@ -214,8 +224,3 @@ def read_variables(folder: epath.Path, abstract: Mapping[str, Any]) -> dict[str,
 def _is_safe(name):
     """Class names come from strangers, and become names of files, columns and lines. Some data sets have a "/" in theirs."""
     return name.isprintable() and ".." not in re.split(r"[/\\]", name)
-
-
-def _named(tree):
-    found = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in found}
