@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `onnx`, `bench`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `onnx`, `bench`."""
 
 import re
 from pathlib import Path
@@ -15,10 +15,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["halonet_jax", "halonet_jax.*"]),
+    package_data={"halonet_jax": ["demo_page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
         "array_record>=0.8.6",  # reads gs://
+        "cloudpickle>=3.0",
         "clu>=0.0.12",
         "etils[epath]>=1.9",
         "flax>=0.12",
@@ -44,6 +46,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
+        "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.20"],  # pip takes the newest jax2onnx that fits orbax-checkpoint
         "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
     },

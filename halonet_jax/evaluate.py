@@ -29,8 +29,8 @@ from halonet_jax.training.progress import check_classes
 from halonet_jax.training.task import Task
 from halonet_jax.weights import hub, load, load_config, portable
 
-# How this entry spells what training sets by --config.
-_FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.train_split": "--split", "data.name": "--data_name"}
+# How this entry spells what training sets by --config. Remedies name no other setting.
+_FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.name": "--data_name"}
 _LABELS = {"top1": "top-1", "top5": "top-5"}
 
 
@@ -162,9 +162,8 @@ def _run(subject, config, split, path):
     """Evaluates on the split and returns the evaluator and the number of corrupt images."""
     definition = tasks.find(config)
     with distributed.together("opening the data"):
-        source = definition.open_source(
-            config, split, class_names=tuple(subject.metadata.get("class_names", ())), flag=lambda key: _FLAGS.get(key, key)
-        )
+        names = tuple(subject.metadata.get("class_names", ()))
+        source = definition.open_source(config, split, class_names=names, flag=_flag)
         now = definition.metadata(config, source)
         check_classes(subject.metadata, now, f"{path} was trained on", "by --data_dir, --data_name or --split")
     if subject.variables is not None:
@@ -172,7 +171,7 @@ def _run(subject, config, split, path):
             description = subject.task.describe()
         if jax.process_index() == 0:
             print(f"  {description}", flush=True)
-    loader = Inputs(config, subject.task, None, source).eval_batches()
+    loader = Inputs(config, subject.task, None, source, flag=_flag).eval_batches()
     with sharding.DeviceBatches(loader, subject.mesh) as batches:
         evaluators = evaluation.evaluate(subject.eval_step, subject.task.evaluator, {"eval": subject.variables}, batches)
         return evaluators["eval"], int(distributed.gather(loader.num_corrupt).sum())
@@ -191,6 +190,10 @@ def _label(model):
     """Name of an export, for a file name."""
     name = model.removeprefix(hub.PREFIX) if hub.is_hub_name(model) else workdir_lib.locate(model).name
     return re.sub("[^a-zA-Z0-9_.-]+", "_", name)
+
+
+def _flag(key):
+    return _FLAGS.get(key, "")
 
 
 def summary(result: dict) -> str:

@@ -18,10 +18,10 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from halonet_jax import __version__, command_line, tasks
+from halonet_jax import __version__, command_line, starting, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.errors import Stopped
-from halonet_jax.runtime import distributed, plots, profiling, reporting, stopping
+from halonet_jax.runtime import distributed, lease, plots, profiling, reporting, stopping
 from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.tasks.inputs import Inputs
 from halonet_jax.training import checkpoint, loop, programs, sharding
@@ -30,10 +30,10 @@ from halonet_jax.training.progress import Progress
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a call of `train` came to.
+    """The result of a run.
 
     Attributes:
-        exit_code: 0, or 75 where a signal stopped it with the state saved.
+        exit_code: 0, or 75 if a signal stopped the run.
         step: the last step that was done.
         metrics: the newest evaluation, such as `{"eval/top1": 0.99, "eval_ema/top1": 0.99, …}`; empty before the first.
         best_step: of the checkpoint that evaluated best; None before the first evaluation.
@@ -96,8 +96,8 @@ def prepare(
         workdir: as `train` takes it.
         definition: of the config's task.
         stack: closes what is opened here.
-        stop: interrupts what blocks.
-        watchdog: is told what goes on.
+        stop: interrupts calls that block.
+        watchdog: gets the name of each activity.
 
     Returns:
         The run, the state to start from, and the progress that belongs to it.
@@ -120,6 +120,9 @@ def prepare(
     total_steps = max(1, round(config.num_epochs * steps_per_epoch)) if config.num_epochs else config.max_steps
     last_step = min(total_steps, config.max_steps or total_steps)
     watchdog.doing("opening the workdir")
+    held = lease.Lease(workdir_lib.locate(workdir))
+    stack.callback(held.release)
+    stop.interruptible(lambda: held.acquire(lambda: watchdog.doing("waiting for the workdir's lease")))
     workdir = stop.interruptible(lambda: workdir_lib.open_workdir(config, workdir))
     workdir_lib.use_compile_cache(workdir)
     _warn_of_batch_norm_groups(config)
@@ -134,7 +137,8 @@ def prepare(
     progress = Progress(metadata, len(train_source), config.batch_size)
     watchdog.doing("creating or restoring the state")
     if checkpointer.latest_step() is None:
-        state = stop.interruptible(lambda: jax.block_until_ready(program.create_state()))
+        create = lambda: starting.create(config.init_from, task, program)
+        state = stop.interruptible(lambda: jax.block_until_ready(create()))
     else:
         restore = lambda: checkpointer.restore(program.abstract_state, program.create_state)
         state, record = stop.interruptible(lambda: jax.block_until_ready(restore()))
@@ -147,15 +151,15 @@ def prepare(
         _print_start(config, state, len(train_source), metadata, start_step, last_step, program)
     reporter = reporting.Reporter(
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,
-        tensorboard=config.tensorboard,
+        tensorboard=config.tensorboard, primary_metric=task.primary_metric,
     )  # fmt: skip
     stack.callback(reporter.close)
     profile = profiling.ProfileWindow(config.profile_steps, workdir / "profile", enabled=is_writer)
     stack.callback(profile.close)
     run = loop.Run(
-        config=config, task=task, workdir=workdir, programs=program, inputs=Inputs(config, task, train_source, eval_source),
-        steps_per_epoch=steps_per_epoch, last_step=last_step, checkpointer=checkpointer, reporter=reporter, profile=profile,
-        watchdog=watchdog, stop=stop, clock=clock,
+        config=config, task=task, workdir=workdir, lease=held, programs=program,
+        inputs=Inputs(config, task, train_source, eval_source), steps_per_epoch=steps_per_epoch, last_step=last_step,
+        checkpointer=checkpointer, reporter=reporter, profile=profile, watchdog=watchdog, stop=stop, clock=clock,
     )  # fmt: skip
     return run, state, progress
 
@@ -179,11 +183,12 @@ def finish(run: loop.Run, outcome: loop.Outcome, start_step: int, elapsed: str) 
         return Result(stopping.EXIT_PREEMPTED, outcome.step, newest, best_step, str(run.workdir))
     if is_writer:
         try:
-            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png")
+            plots.learning_curve([run.workdir], run.workdir / "learning_curve.png", metric)
         except Exception as error:  # a picture is worth no run, whatever is wrong with fonts, caches or the disk
             logging.warning("No picture of the learning curve: %s", " ".join(str(error).split()) or type(error).__name__)
         results = outcome.evaluation or newest
-        scores = ", ".join(f"{key} {value:.4f}" for key, value in results.items() if key.endswith(f"/{metric}"))
+        keys = [key for key in (f"eval/{metric}", f"eval_ema/{metric}") if results.get(key) is not None]
+        scores = ", ".join(f"{key} {results[key]:.4f}" for key in keys)
         done = outcome.step > start_step
         status = f"done in {elapsed}" if done else f"nothing to do, step {outcome.step} was the last"
         print(
@@ -215,7 +220,7 @@ def _print_start(config, state, num_examples, metadata, start_step, last_step, p
 def define_flags() -> None:
     """Defines the flags of the command; not on import, so that several entries can be imported together."""
     config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py or configs/h4.py:smoke.")
-    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created where missing, resumed where not.")
+    flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing, else resumed.")
 
 
 def main() -> int:

@@ -31,7 +31,7 @@ from entries import (
     wait_for,
 )  # fmt: skip
 
-from halonet_jax.runtime import distributed
+from halonet_jax.runtime import distributed, lease
 from halonet_jax.training import checkpoint_files
 
 STEPS = 20
@@ -177,7 +177,7 @@ def test_full_disk_at_the_start(workdir):
 def test_full_disk_while_reporting(workdir):
     size = (workdir / "config.json").stat().st_size + 100
     message = error(train_with_files_up_to(size, workdir, log_every_steps=1, checkpoint_every_steps=100))
-    assert f"{workdir}/metrics.jsonl cannot be written" in message and "the last checkpoint stands: make room" in message
+    assert f"{workdir}/metrics.jsonl cannot be written" in message and "the last checkpoint is safe: make room" in message
     assert checkpoints(workdir) == [8, 12]
 
 
@@ -326,6 +326,18 @@ def test_processes_that_do_not_belong_together(tmp_path):
         assert tuple(process.returncode for process in done) == codes, done
         assert message in error(done[1]) and error(done[0]).startswith("error: process 1 ")
         assert not any((folder / "checkpoints").exists() for folder in folders)
+
+
+def test_workdir_in_use(workdir):
+    held = lease.Lease(workdir)
+    held.acquire()
+    try:
+        done = wait_for(start_processes(workdir, devices=1, **RUN))
+    finally:
+        held.release()
+    assert [process.returncode for process in done] == [2, 69], done
+    assert f"workdir {workdir} is in use by another run (host " in error(done[0])
+    assert "process 0 failed in taking the lease of the workdir; its output says why" in error(done[1])
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -1,5 +1,7 @@
 """The pictures are drawn, and show what they should."""
 
+import json
+
 import cv2
 import numpy as np
 
@@ -11,3 +13,19 @@ def test_halo_attention_diagram(tmp_path):
     colors = cv2.imread(str(tmp_path / "halo.png")).reshape(-1, 3).astype(int)
     blue, orange = (np.mean((colors[:, a] - colors[:, b]) > 60) for a, b in ((0, 2), (2, 0)))
     assert blue > orange > 0.01  # 36 query pixels to a halo of 28
+
+
+def test_learning_curve_draws_the_tasks_metric(tmp_path):
+    """Orange is the second run, which has an evaluation of that name only."""
+    for name, metric in (("first", "top1"), ("second", "mean_error")):
+        (tmp_path / name).mkdir()
+        reports = [{"step": step, "train/loss": 3 / step, f"eval/{metric}": 40 / step} for step in (1, 2, 3)]
+        lines = [json.dumps(report) for report in [*reports, {"step": 4, f"eval/{metric}": None}]]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines))
+    right_half = {}
+    for metric in ("top1", "mean_error"):
+        plots.learning_curve([tmp_path / "first", tmp_path / "second"], tmp_path / "curve.png", metric)
+        picture = cv2.imread(str(tmp_path / "curve.png")).astype(int)
+        right_half[metric] = picture[:, picture.shape[1] // 2 :].reshape(-1, 3)
+    orange = {metric: np.sum(pixels[:, 2] - pixels[:, 0] > 60) for metric, pixels in right_half.items()}
+    assert orange["top1"] == 0 and orange["mean_error"] > 100

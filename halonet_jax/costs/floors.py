@@ -10,8 +10,9 @@ We count the operator, from q, k and v to its output, without projections. Keys 
 import re
 from typing import NamedTuple
 
+from halonet_jax import models
 from halonet_jax.costs import chips
-from halonet_jax.models import variants
+from halonet_jax.models.blocks import AttentionLayer
 
 # Training resolutions of the recipes: side of the images in pixels (paper, table 3).
 IMAGE_SIZES = dict(h0=256, h1=256, h2=256, h3=320, h4=384, h5=448, h6=512, h7=600)
@@ -103,6 +104,16 @@ class Work(NamedTuple):
         }
 
 
+def attention_layers(model: str) -> list[AttentionLayer]:
+    """Returns the attention layers of a model at the image size of its recipe, in the order in which they run.
+
+    Args:
+        model: a key of `IMAGE_SIZES`.
+    """
+    size = IMAGE_SIZES[model]
+    return models.create(model).backbone.attention_layers(size, size)
+
+
 def layer(name: str, batch: int) -> Layer:
     """Returns the stride-1 attention layer of a stage, at the model's training resolution.
 
@@ -116,13 +127,11 @@ def layer(name: str, batch: int) -> Layer:
     match = re.fullmatch(r"(h\d)s([1-4])", name)
     if not match or match.group(1) not in IMAGE_SIZES:
         raise ValueError(f"layer {name!r} is unknown; write <model>s<stage>, with h0 to h7 and stages 1 to 4, for example h4s1")
-    model, stage = variants.resolve(match.group(1)), int(match.group(2))
-    size = -(-IMAGE_SIZES[match.group(1)] // (2 * 2**stage))
-    width = model["base_width"] * 2 ** (stage - 1)
+    model, stage = match.group(1), int(match.group(2))
+    found = next(n for n in attention_layers(model) if n.stage == stage and n.stride == 1)
     return Layer(
-        batch, size, size, model["num_heads"][stage - 1], width, int(width * model["value_ratio"]), model["block_size"],
-        model["halo_size"],
-    )  # fmt: skip
+        batch, found.height, found.width, found.num_heads, found.channels, found.value_channels, found.block_size, found.halo_size
+    )
 
 
 def forward(layer: Layer, itemsize: int = 2) -> Work:

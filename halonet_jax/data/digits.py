@@ -1,5 +1,6 @@
 """scikit-learn's handwritten digits, which need no download."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ class DigitsSource:
 
     Args:
         split: "train" or "test".
+        role: the field of the config's `data` block that named `split`: "train_split" or "eval_split".
+        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
 
     Attributes:
         class_names: "0" to "9".
@@ -26,7 +29,7 @@ class DigitsSource:
         DataError: for another split; the message lists the two.
     """
 
-    def __init__(self, split: str):
+    def __init__(self, split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format):
         from sklearn import datasets, model_selection
 
         digits = datasets.load_digits()
@@ -35,7 +38,8 @@ class DigitsSource:
         )
         splits = {"train": train, "test": test}
         if split not in splits:
-            raise DataError(f"digits has no split {split!r}; its splits are {', '.join(splits)}")
+            setting, best = flag(f"data.{role}") or f"data.{role}", "train" if role == "train_split" else "test"
+            raise DataError(f"digits has no split {split!r}; its splits are {', '.join(splits)}: set {setting}={best}")
         rows = np.sort(splits[split])
         gray = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], scanned as 0..16
         self._images = np.repeat(gray[..., None], 3, axis=-1)
@@ -55,5 +59,9 @@ class DigitsSource:
         return {"image": self._images[index], "label": int(self._labels[index])}
 
     def name(self, index: int) -> str:
-        """Returns "digits/<split>[<index>]"."""
+        """Returns "digits/<split>[<index>]".
+
+        Args:
+            index: number of the image.
+        """
         return f"digits/{self._split}[{index}]"

@@ -7,9 +7,9 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
+from PIL import BmpImagePlugin, JpegImagePlugin
 
-from halonet_jax.data import randaugment
+from halonet_jax.data import orientation, randaugment
 from halonet_jax.errors import CorruptImage
 
 # The loader's threads are the parallelism; OpenCV's own would only contend with them.
@@ -19,16 +19,18 @@ _CROP_TRIES = 10
 _JPEG_START = b"\xff\xd8"
 
 
-def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
+def decode(encoded: bytes, max_pixels: int = 2**27, upright: bool = False) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file.
 
     Gray is repeated over the three channels, palettes are looked up, CMYK is converted, 16-bit values keep their
-    upper byte, alpha is dropped (not blended), and an EXIF orientation is ignored: pixels come as they are stored.
-    A JPEG with damaged bytes decodes as long as it has its end, as in other decoders; some of its pixels are wrong.
+    upper byte, alpha is dropped (not blended), and an animation gives its first frame. A JPEG with damaged bytes decodes
+    as long as it has its end, as in other decoders; some of its pixels are wrong.
 
     Args:
         encoded: the whole file.
         max_pixels: most pixels, height times width. The header's numbers count: nothing is decoded before.
+        upright: turn the pixels as the file's EXIF orientation says. False: they come as they are stored, as ImageNet's
+            have always been read.
 
     Returns:
         uint8 [h, w, 3], RGB.
@@ -36,6 +38,11 @@ def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
     Raises:
         CorruptImage: if the file is empty, truncated, too large or no image; the message is the reason.
     """
+    image = _stored_pixels(encoded, max_pixels)
+    return orientation.turn(image, orientation.read(encoded)) if upright else image
+
+
+def _stored_pixels(encoded, max_pixels):
     if not encoded:
         raise CorruptImage("the file is empty")
     width, height = _header_size(encoded)
@@ -90,6 +97,14 @@ def _jpeg_size(encoded):
         return _pillow_size(JpegImagePlugin.JpegImageFile)(encoded)
 
 
+def _png_size(encoded):
+    """By the IHDR chunk, which comes first. Pillow would also read comments, and has limits for them."""
+    width, height = int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
+    if encoded[12:16] != b"IHDR" or not width or not height:
+        raise CorruptImage("its header is damaged or truncated: no width and height")
+    return width, height
+
+
 def _webp_size(encoded):
     """By RFC 9649. Pillow has a limit of its own for WebP, and some versions allocate the whole canvas."""
     kind, data = encoded[8:16], encoded[20:30]
@@ -109,7 +124,7 @@ _SIMPLEJPEG_ERRORS = (ValueError, KeyError)  # the second for a kind of JPEG tha
 # By the file's first bytes; the only formats that are decoded.
 _HEADERS = {
     _JPEG_START: _jpeg_size,
-    b"\x89PNG\r\n\x1a\n": _pillow_size(PngImagePlugin.PngImageFile),
+    b"\x89PNG\r\n\x1a\n": _png_size,
     b"RIFF": _webp_size,
     b"BM": _pillow_size(BmpImagePlugin.BmpImageFile),
 }
@@ -166,6 +181,7 @@ def random_resized_crop(
 
     Args:
         image: [h, w, 3].
+        rng: draws the rectangle.
         size: side of the result, pixels.
         scale: range of the rectangle's share of the area, uniform.
         ratio: range of its width over height, log-uniform.

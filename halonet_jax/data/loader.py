@@ -1,18 +1,14 @@
 """Batches for one process, loaded ahead by Grain. Which rows a batch holds is the law that `rows` states."""
 
-import multiprocessing
-import os
-import signal
-import threading
 import weakref
 from collections.abc import Callable, Iterator
 
-import grain
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
+from halonet_jax.data.ahead import Ahead, WorkerDied
 from halonet_jax.data.example import Source, Transform
-from halonet_jax.data.rows import EvalExamples, Examples, Row, TrainExamples
+from halonet_jax.data.rows import EvalExamples, Examples, TrainExamples
 from halonet_jax.errors import DataError
 
 ON_CORRUPT = ("skip", "stop")
@@ -52,10 +48,10 @@ def train_batches(
     """
     if seed < 0 or start_step < 0:
         raise DataError(f"seed {seed} and start_step {start_step} must be 0 or more")
-    _check(source, options, batch_size, process_index, process_count)
+    _check(source, options, batch_size, process_index, process_count, flag)
     shape = (batch_size, process_index, process_count, max(options.num_workers, 1))
     examples = TrainExamples(source, transform, *shape, _stop_advice(options, flag), seed=seed, start_step=start_step)
-    return Loader(examples, options)
+    return Loader(examples, options, flag)
 
 
 def eval_batches(
@@ -87,26 +83,35 @@ def eval_batches(
     """
     if "mask" in transform.fields:
         raise DataError("a field of the transform is called 'mask', which evaluation adds itself; rename the field")
-    _check(source, options, batch_size, process_index, process_count)
+    _check(source, options, batch_size, process_index, process_count, flag)
     shape = (batch_size, process_index, process_count, max(options.num_workers, 1))
-    return Loader(EvalExamples(source, transform, *shape, _stop_advice(options, flag)), options)
+    return Loader(EvalExamples(source, transform, *shape, _stop_advice(options, flag)), options, flag)
 
 
 class Loader:
     """An iterator over batches that loads ahead in the background; close it, or use it in a `with` statement.
 
+    Args:
+        examples: this process's rows.
+        options: as for `train_batches`.
+        flag: as for `train_batches`.
+
     Attributes:
         num_corrupt: examples replaced (train) or masked (eval) in the batches handed out so far.
+        corrupt: the reason for each of them, by name.
+
+    Raises:
+        DataError: if data workers are asked for and the folder for temporary files cannot be written.
     """
 
-    def __init__(self, examples: Examples, options):
+    def __init__(self, examples: Examples, options, flag: Callable[[str], str] = "--config.{}".format):
         self.num_corrupt = 0
-        self._named = set()
-        self._examples = examples
+        self.corrupt: dict[str, str] = {}
+        self._examples, self._flag = examples, flag
         self._num_given = 0
-        self._running = [iter(_pipeline(examples, options))]
+        self._ahead = Ahead(examples, options)
         # An open loader is closed before the interpreter's exit; Grain's own clean-up comes too late there.
-        weakref.finalize(self, _end, self._running)
+        weakref.finalize(self, self._ahead.close)
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -117,37 +122,40 @@ class Loader:
         return self._examples.num_batches
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if not self._running or self._num_given == self._examples.num_batches:
+        if self._num_given == self._examples.num_batches:
             self.close()
             raise StopIteration
-        batch = self._next()
+        try:
+            batch = self._ahead.next()
+        except WorkerDied:
+            batch = None
+        # Outside of the handler: an error that held on to Grain's iterator would keep its semaphores until after the run.
+        if batch is None:
+            self.close()
+            raise DataError(self._worker_died())
         if batch["fatal"]:
             self.close()
             raise DataError(batch["fatal"])
         self._num_given += 1
         self.num_corrupt += sum(bool(pairs) for pairs in batch["corrupt"])
         for name, reason in (pair for pairs in batch["corrupt"] for pair in pairs):
-            if name not in self._named:
-                self._named.add(name)
+            if name not in self.corrupt:
+                self.corrupt[name] = reason
                 logging.warning("Skipped corrupt image %s: %s", name, reason)
         return batch["fields"]
 
-    def _next(self):
-        try:
-            return next(self._running[0])
-        except RuntimeError as error:
-            if "terminated unexpectedly" not in str(error):  # Grain's words
-                raise
-        # Outside of the handler: an error that held on to Grain's iterator would keep its semaphores until after the run.
-        self.close()
-        raise DataError(
-            "a data worker process died, as where memory runs out (see the kernel's log); use a smaller data.num_workers or "
-            "data.prefetch, or more memory"
-        )
+    def _worker_died(self):
+        settings = [self._flag(key) for key in ("data.num_workers", "data.prefetch") if self._flag(key)]
+        smaller = f"use a smaller {' or '.join(settings)}, or more memory" if settings else "free memory and start again"
+        return f"a data worker process died, as where memory runs out (see the kernel's log); {smaller}"
 
-    def close(self):
-        """Ends the background threads and processes; no more batches come."""
-        _end(self._running)
+    def close(self) -> None:
+        """Ends the background threads and processes within seconds; no more batches come. It may be called again.
+
+        A call of `next` that waits in another thread ends with StopIteration. Worker processes that do not end by
+        themselves are killed. A thread that hangs in a read cannot be ended: it ends with its read.
+        """
+        self._ahead.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -156,62 +164,10 @@ class Loader:
         self.close()
 
 
-def _end(running: list[grain.DatasetIterator]):
-    while running:
-        running.pop().close()
-
-
-def _stack(rows: list[Row]) -> dict:
-    return {
-        "fields": {name: np.stack([row.fields[name] for row in rows]) for name in rows[0].fields},
-        "corrupt": [row.corrupt for row in rows],
-        "fatal": next((row.fatal for row in rows if row.fatal), ""),
-    }
-
-
-def _stack_with_mask(rows: list[Row]) -> dict:
-    batch = _stack(rows)
-    batch["fields"]["mask"] = np.array([row.mask for row in rows], bool)
-    return batch
-
-
-def _own(batch: dict) -> dict:
-    """Copies arrays out of the worker's shared memory, so that keeping a batch keeps no block of it."""
-    return batch | {"fields": {name: np.array(array) for name, array in batch["fields"].items()}}
-
-
-def _start_worker(worker: int, workers: int):
-    # Ctrl-C, and a scheduler's SIGTERM to all processes, are for the main process, which needs batches to finish its step.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-    def end_with_parent():  # which may be killed; Grain's workers would stay for ever
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def _pipeline(examples: Examples, options) -> grain.IterDataset:
-    if not flags.FLAGS.is_parsed():
-        # Grain's worker processes read absl flags. Outside absl.app.run nobody parses them: their defaults hold.
-        flags.FLAGS.mark_as_parsed()
-    workers = examples.num_streams
-    reading = grain.ReadOptions(
-        num_threads=-(-options.num_threads // workers),
-        prefetch_buffer_size=max(options.prefetch * examples.local_size // workers, 1),
-    )
-    stack = _stack if examples.num_batches is None else _stack_with_mask
-    dataset = grain.MapDataset.source(examples).to_iter_dataset(reading).batch(examples.local_size, batch_fn=stack)
-    if options.num_workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(options.num_workers), _start_worker).map(_own)
-    # One more batch, so that stacking and copying happen beside the caller's work.
-    return grain.experimental.ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=1)
-
-
-def _check(source, options, batch_size, process_index, process_count):
+def _check(source, options, batch_size, process_index, process_count, flag):
     if not len(source):
-        raise DataError("the source holds no example; check data.dir and the split")
+        setting = flag("data.dir")
+        raise DataError(f"the source holds no example; choose another split{f' or {setting}' if setting else ''}")
     if batch_size < 1 or batch_size % process_count:
         raise DataError(
             f"batch_size {batch_size} must be a positive multiple of the {process_count} processes;"

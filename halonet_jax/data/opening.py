@@ -35,15 +35,22 @@ def open_source(
         DataError: if the data set, the split or a class folder is missing, empty or of the wrong kind, or if the
             classes are not those of `class_names`.
     """
+    class_names = tuple(class_names or ()) or None
     role = "train_split" if class_names is None and split == data_config.train_split else "eval_split"
+    if data_config.source == "folder":
+        return FolderSource(data_config.dir, split, data_config.train_split, role, class_names=class_names, flag=flag)
     if data_config.source == "digits":
-        source = DigitsSource(split)
-    elif data_config.source == "folder":
-        source = FolderSource(data_config.dir, split, data_config.train_split, role)
+        source = DigitsSource(split, role, flag=flag)
     elif data_config.source == "tfds":
-        source = TfdsSource(data_config.name, data_config.dir, split)
+        source = TfdsSource(data_config.name, data_config.dir, split, role, flag=flag)
     else:
         raise DataError(f"data.source {data_config.source!r} is unknown; use one of {', '.join(SOURCES)}")
-    if class_names is not None and source.class_names != tuple(class_names):
-        raise DataError(f"the classes are {source.class_names}, not {tuple(class_names)}")
+    if class_names is not None and source.class_names != class_names:
+        changed = sorted(set(source.class_names) ^ set(class_names)) or ["their order"]
+        flags = [flag(key) for key in ("data.dir", "data.name") if data_config.source == "tfds" and flag(key)]
+        remedy = f", by {' or '.join(flags)}" if flags else ""
+        raise DataError(
+            f"the labels must mean {len(class_names)} classes, {source.name(0).split('[')[0]} has {len(source.class_names)}, and"
+            f" they differ in {', '.join(changed[:5])}; choose data of the same classes{remedy}"
+        )
     return source

@@ -104,7 +104,7 @@ class Examples:
             reason = str(error)
         except DataError as error:
             return self.blank(fatal=f"{self._name(index)}: {error}")
-        except Exception as error:  # one bad example, whatever a decoder makes of it, must not end a run
+        except (Exception, SystemExit) as error:  # one bad example, whatever a decoder makes of it, must not end a run
             reason = " ".join(f"{type(error).__name__}: {error}".split())
         name = self._name(index)
         if self.stop_advice is None:

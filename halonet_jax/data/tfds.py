@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from halonet_jax.errors import CorruptImage, DataError
@@ -17,20 +18,38 @@ class TfdsSource:
 
     Args:
         name: TFDS name, with version or config where wanted: "imagenet2012", "imagenet2012:5.1.0".
-        data_dir: TFDS data_dir; "": TFDS's own default.
+        data_dir: TFDS data_dir, "~" is expanded; "": TFDS's own default.
         split: a TFDS split or slice of one.
+        role: the field of the config's `data` block that named `split`: "train_split" or "eval_split".
+        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
+
+    Attributes:
+        class_names: those of the set's "label", in the order of the labels.
+
+    Raises:
+        DataError: if TFDS is not installed, the set is unknown, not prepared, without random access or without images
+            and labels, or if the split does not exist.
     """
 
-    def __init__(self, name: str, data_dir: str, split: str):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str,
+        split: str,
+        role: str = "eval_split",
+        *,
+        flag: Callable[[str], str] = "--config.{}".format,
+    ):
+        data_dir = os.path.expanduser(data_dir or "")  # "--config.data.dir=~/tfds": no shell expands that
         self._arguments = (name, data_dir, split)
-        builder = _tfds_builder(name, data_dir)
+        builder = _tfds_builder(name, data_dir, flag)
         features = builder.info.features
         if not {"image", "label"} <= set(features) or not hasattr(features["label"], "names"):
             raise DataError(
                 f"TFDS data set {name!r} has the features {', '.join(features)}; an 'image' and a class 'label' are"
-                f" needed: choose an image-classification set with --config.data.name"
+                f" needed: choose an image-classification set with {_setting(flag, 'data.name')}"
             )
-        self._records = _tfds_records(builder, split)
+        self._records = _tfds_records(builder, split, role, flag)
         self.class_names = tuple(features["label"].names)
 
     @property
@@ -58,6 +77,11 @@ class TfdsSource:
                 time.sleep(pause)
 
     def name(self, index: int) -> str:
+        """Returns "<name>/<split>[<index>]".
+
+        Args:
+            index: number of the example.
+        """
         name, _, split = self._arguments
         return f"{name}/{split}[{index}]"
 
@@ -66,7 +90,11 @@ class TfdsSource:
         return TfdsSource, self._arguments
 
 
-def _tfds_builder(name: str, data_dir: str):
+def _setting(flag, key):
+    return flag(key) or key
+
+
+def _tfds_builder(name, data_dir, flag):
     """The builder of a set that is prepared on disk, or a DataError that says how to prepare it."""
     try:
         import tensorflow_datasets as tfds
@@ -77,11 +105,14 @@ def _tfds_builder(name: str, data_dir: str):
     except tfds.core.registered.DatasetNotFoundError:
         # Its own message lists a thousand names.
         raise DataError(
-            f"data.name {name!r} is neither a TFDS data set nor prepared in data.dir {data_dir or '(default)'!r};"
-            " names are listed at https://www.tensorflow.org/datasets/catalog/overview"
+            f"data.name {name!r} is neither a TFDS data set nor prepared in data.dir {data_dir or '(default)'!r}; set"
+            f" {_setting(flag, 'data.name')} to a name listed at https://www.tensorflow.org/datasets/catalog/overview, or"
+            f" {_setting(flag, 'data.dir')} to where it is prepared"
         ) from None
     except (AssertionError, ValueError) as e:
-        raise DataError(f"TFDS cannot open data.name {name!r}: {str(e).splitlines()[0]}; correct the name") from None
+        raise DataError(
+            f"TFDS cannot open data.name {name!r}: {str(e).splitlines()[0]}; correct {_setting(flag, 'data.name')}"
+        ) from None
     if "tensorflow" in sys.modules:
         _keep_tensorflow_off_accelerators()
     if not builder.data_path.exists() or not builder.info.splits:
@@ -110,14 +141,17 @@ def _manual_archives(name: str, root: str) -> str:
     )
 
 
-def _tfds_records(builder, split: str):
+def _tfds_records(builder, split, role, flag):
     import tensorflow_datasets as tfds
 
     base = re.split(r"[\[+]", split)[0]
-    if base not in builder.info.splits and base != "all":
+    splits = list(builder.info.splits)
+    if base not in splits and base != "all":
+        usual = ("train",) if role == "train_split" else ("validation", "test", "val")
+        best = next((name for name in usual if name in splits), splits[0])
         raise DataError(
             f"TFDS data set {builder.info.full_name} has no split {split!r}; its splits are"
-            f" {', '.join(builder.info.splits)}: set --config.data.train_split or --config.data.eval_split"
+            f" {', '.join(splits)}: set {_setting(flag, f'data.{role}')}={best}"
         )
     try:
         return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
@@ -128,7 +162,9 @@ def _tfds_records(builder, split: str):
             f"  tfds convert_format --dataset_version_dir={builder.data_path} --out_file_format=array_record"
         ) from None
     except (ValueError, AssertionError) as e:
-        raise DataError(f"data split {split!r} is no TFDS split ({e}); write it like 'train[:90%]'") from None
+        raise DataError(
+            f"data split {split!r} is no TFDS split ({e}); set {_setting(flag, f'data.{role}')} to one like 'train[:90%]'"
+        ) from None
 
 
 def _keep_tensorflow_off_accelerators():

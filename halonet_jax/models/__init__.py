@@ -6,14 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from halonet_jax.models import blocks, checks, transfer, variants
+from halonet_jax.models import blocks, checks, freezing, transfer, variants
 from halonet_jax.models.blocks import BlockSpec
 from halonet_jax.models.halonet import Backbone, HaloNet
 from halonet_jax.models.layers import HaloAttention
 from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 from halonet_jax.ops.selection import NAMES
 
-__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "names", "stages", "transfer"]
+__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "freezing", "names", "stages", "transfer"]
 
 # What `create` takes beside the architecture: settings of `Backbone`, with their defaults, and of `HaloNet`.
 _SETTINGS = {
@@ -59,10 +59,11 @@ def create(
     Args:
         name: one of `names()`.
         num_classes: width of the classifier.
-        stages: for each stage its blocks, in place of the model's own. A stage may mix blocks of all kinds. None: the model's own.
+        stages: for each stage its blocks, in place of the model's own. A stage may mix blocks of all kinds. None: the
+            model's own.
         **overrides: any key of `variants.DEFAULTS` (the architecture), or of `dropout_rate`, `stochastic_depth_rate`,
             `bn_group_size`, `bn_momentum`, `bn_epsilon`, `zero_init_residual`, `padding`, `window`, `attention_impl`,
-            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`.
+            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`, `freeze`.
 
     Raises:
         ValueError: for an unknown name or key, or an impossible value or combination.
@@ -78,11 +79,12 @@ def create(
     if stages is None:
         stages = variants.stages(variant)
     elif replaced := [key for key in variants.STAGE_OPTIONS if key in overrides]:
-        raise ValueError(f"{replaced[0]}={overrides[replaced[0]]!r} has no effect beside stages; set it in the blocks, or leave it out")
+        key = replaced[0]
+        raise ValueError(f"{key}={overrides[key]!r} has no effect beside stages; set it in the blocks, or leave it out")
     dropout_rate = settings.pop("dropout_rate")
     backbone = Backbone(
-        stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"], activation=variant["activation"],
-        **settings | {"dtype": jnp.dtype(settings["dtype"])},
+        stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"],
+        activation=variant["activation"], **settings | {"dtype": jnp.dtype(settings["dtype"])},
     )  # fmt: skip
     return HaloNet(backbone=backbone, num_classes=num_classes, final_width=variant["final_width"], dropout_rate=dropout_rate)
 
@@ -102,6 +104,8 @@ def _check_settings(settings: dict[str, Any]):
     for key in ("zero_init_residual", "remat", "scan"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key}={settings[key]!r} must be True or False")
+    if not isinstance(settings["freeze"], tuple) or not all(isinstance(pattern, str) for pattern in settings["freeze"]):
+        raise ValueError(f"freeze={settings['freeze']!r} must be a tuple of patterns; for example freeze=('backbone/stem*',)")
     try:
         known = jnp.dtype(settings["dtype"]).name in _DTYPES
     except TypeError:

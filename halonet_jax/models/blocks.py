@@ -23,7 +23,8 @@ class BlockSpec:
         out_width: channels of the block's output.
         stride: pixels of the input per pixel of the output, per axis. The spatial layer and the shortcut have it.
         se_ratio: inner width of squeeze-and-excitation over `out_width`; 0: the block has none.
-        num_heads: heads of the attention. This and the fields below belong to kind "attention" alone, and are None for "conv".
+        num_heads: heads of the attention. This and the fields below belong to kind "attention" alone, and are None for
+            "conv".
         block_size: side of a block of queries, in pixels of the attention's input (b).
         halo_size: border around a block that keys come from as well, in pixels of the attention's input (h).
         query_width: channels of queries and of keys over all heads; None: `width`.
@@ -171,9 +172,9 @@ class Run(NamedTuple):
 def runs(stage: int, specs: tuple[BlockSpec, ...], scan: bool) -> Iterator[Run]:
     """Yields the entries of one stage in the parameter tree, in the order in which they run.
 
-    Without `scan`, each block has its own entry, such as `stage3_block2`. With it, equal neighbours from the second block on are
-    stacked: as `stage3_blocks` if these are all blocks but the first, or as `stage3_blocks2to5` in a stage that mixes blocks.
-    A block without an equal neighbour has its own entry there.
+    Without `scan`, each block has its own entry, such as `stage3_block2`. With `scan`, equal neighbours from the second
+    block on are stacked. Their entry is `stage3_blocks` if they are all blocks but the first, and otherwise has their
+    numbers, such as `stage3_blocks2to5`. A block without an equal neighbour keeps its own entry.
 
     Args:
         stage: number of the stage, from 1.

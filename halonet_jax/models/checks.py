@@ -1,4 +1,4 @@
-"""Checks of the arguments of models. Each raises a ValueError whose one line states the value, the rule and the remedy."""
+"""Checks of the arguments of models. Each raises a ValueError that states value, rule and remedy in one line."""
 
 import difflib
 import math
@@ -22,7 +22,7 @@ def whole(name: str, value, least: int, example=None) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}{_for_example(name, example)}")
 
 
-def real(name: str, value, least: float, most: float = math.inf, *, open_ends: bool = False, example=None) -> None:
+def real(name: str, value, least: float, most: float = math.inf, example=None) -> None:
     """Checks that a value is a finite number in a range.
 
     Args:
@@ -30,18 +30,15 @@ def real(name: str, value, least: float, most: float = math.inf, *, open_ends: b
         value: anything.
         least: the smallest number allowed.
         most: the greatest number allowed.
-        open_ends: exclude `least` and `most` themselves.
         example: a value that is allowed, for the message; None: the message gives no example.
 
     Raises:
         ValueError: `value` is no number (a bool is none), not finite or out of range.
     """
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool) and -math.inf < value < math.inf
-    if number and (least < value < most if open_ends else least <= value <= most):
-        return
-    least_text = f"more than {least:g}" if open_ends else f"at least {least:g}"
-    most_text = "" if most == math.inf else f" and {'less than' if open_ends else 'at most'} {most:g}"
-    raise ValueError(f"{name}={value!r} must be a finite number, {least_text}{most_text}{_for_example(name, example)}")
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not least <= value <= most or value == math.inf:
+        range_ = f"of at least {least:g}" if most == math.inf else f"between {least:g} and {most:g}"
+        raise ValueError(f"{name}={value!r} must be a finite number {range_}{_for_example(name, example)}")
 
 
 def choice(name: str, value, known: Iterable[str]) -> None:
@@ -73,9 +70,8 @@ def entries(name: str, value, least: int, most: int, example) -> None:
         ValueError: `value` is neither a tuple nor a list (a string is none), or has another number of entries.
     """
     if not isinstance(value, (tuple, list)) or not least <= len(value) <= most:
-        words = {1: "one", 2: "two", 4: "four"}
-        count = words[most] if least == most else f"{words[least]} or {words[most]}"
-        raise ValueError(f"{name}={value!r} must have {count} entries in a tuple{_for_example(name, example)}")
+        count = f"{least}" if least == most else f"{least} to {most}"
+        raise ValueError(f"{name}={value!r} must be a tuple of {count} entries{_for_example(name, example)}")
 
 
 def heads(num_heads: int, channels: int, value_channels: int) -> None:

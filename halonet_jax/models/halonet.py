@@ -1,4 +1,4 @@
-"""The HaloNet family: stem, stages of bottleneck blocks with attention or convolutions, classifier (paper, section 3)."""
+"""The HaloNet family: stem, stages of bottleneck blocks, classifier (arXiv 2103.12731, section 3)."""
 
 import functools
 from typing import Any
@@ -18,10 +18,12 @@ STEM_STRIDE = 4  # of both stems
 
 
 class Bottleneck(nn.Module):
-    """One block: 1x1 conv, attention or 3x3 conv, 1x1 conv, residual. `[B, H, W, C] -> [B, ceil(H / s), ceil(W / s), out_width]`.
+    """One block: 1x1 conv, attention or 3x3 conv, 1x1 conv, residual.
+
+    `[B, H, W, C] -> [B, ceil(H / s), ceil(W / s), out_width]`, with stride s.
 
     Attributes:
-        spec: kind, widths, stride s and the rest of the block's architecture.
+        spec: kind, widths, stride and the rest of the block's architecture.
         activation: function on arrays.
         norm: `layers.BatchNorm` with all but `activation`, `scale_init` and `name` filled in.
         attention: `layers.HaloAttention` with all that `spec` does not say filled in.
@@ -91,7 +93,10 @@ class Backbone(nn.Module):
         attention_impl: implementation of the attention, see `ops.halo_attention`.
         dtype: of activations and maps; parameters and batch statistics are float32.
         remat: recompute each block's activations in the backward pass, which takes less memory and more time.
-        scan: loop over equal neighbouring blocks of a stage, as `blocks.runs` says. It compiles faster and moves more memory.
+        scan: loop over equal neighbouring blocks of a stage, as `blocks.runs` says. It compiles faster and moves more
+            memory.
+        freeze: patterns of parameters that are not trained, see `freezing`. Norms among them keep their running statistics and
+            normalise by them in training too. Gradients are the caller's to stop: `freezing.stop_gradients`.
     """
 
     stages: blocks.Stages
@@ -109,6 +114,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
+    freeze: tuple[str, ...] = ()
 
     def norm(self, use_running_average: bool):
         """Returns `layers.BatchNorm` with this network's settings.
@@ -118,7 +124,7 @@ class Backbone(nn.Module):
         """
         return functools.partial(
             layers.BatchNorm, use_running_average=use_running_average, group_size=self.bn_group_size,
-            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype,
+            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype, freeze=self.freeze,
         )  # fmt: skip
 
     def attention(self):
@@ -165,19 +171,20 @@ class Backbone(nn.Module):
         Args:
             images: `[B, H, W, C]`, normalised; C is 3 for colour images.
             train: whether stochastic depth acts. It needs `rngs={"dropout": key}` then.
-            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`. With
-                False, the running statistics move, and `mutable=["batch_stats"]` is needed.
+            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`.
+                With False, the running statistics move, and `mutable=["batch_stats"]` is needed.
 
         Returns:
-            One map for each stage: `[B, ceil(H / s), ceil(W / s), out_width]` in `dtype`. In the paper's models, s is 4, 8, 16, 32.
+            One map for each stage: `[B, ceil(H / s), ceil(W / s), out_width]` in `dtype`. In the paper's models, s is
+            4, 8, 16, 32.
 
         Raises:
             ValueError: `images` has another number of axes, or an empty one.
         """
         if images.ndim != 4 or 0 in images.shape:
             raise ValueError(
-                f"images have shape {images.shape}; they must be [batch, height, width, channels] without an empty axis; one image "
-                "is images[None]"
+                f"images have shape {images.shape}; they must be [batch, height, width, channels] without an empty axis; one "
+                "image is images[None]"
             )
         norm = self.norm(not train if use_running_average is None else use_running_average)
         activation = ACTIVATIONS[self.activation]
@@ -204,12 +211,12 @@ class Backbone(nn.Module):
 
     def _stage(self, x, stage, rates, norm, activation, drop):
         runs = list(blocks.runs(stage, self.stages[stage - 1], self.scan))
-        # A loop keeps XLA from merging what is recomputed with what was computed before.
+        # `prevent_cse` keeps XLA from merging recomputed values with earlier ones. Loops do so by themselves.
         in_loop = any(run.stacked for run in runs)
         block = functools.partial(
             nn.remat(Bottleneck, prevent_cse=not in_loop) if self.remat else Bottleneck,
-            activation=activation, norm=norm, attention=self.attention(), zero_init_residual=self.zero_init_residual, drop=drop,
-            dtype=self.dtype,
+            activation=activation, norm=norm, attention=self.attention(), zero_init_residual=self.zero_init_residual,
+            drop=drop, dtype=self.dtype,
         )  # fmt: skip
         for run in runs:
             module, start = block(spec=run.specs[0], name=run.name), run.first - 1
@@ -268,8 +275,8 @@ class HaloNet(nn.Module):
         Args:
             images: `[B, H, W, C]`, normalised; C is 3 for colour images.
             train: whether dropout and stochastic depth act. They need `rngs={"dropout": key}` then.
-            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`. With
-                False, the running statistics move, and `mutable=["batch_stats"]` is needed.
+            use_running_average: normalise by the running batch-norm statistics, not by the batch's. None: not `train`.
+                With False, the running statistics move, and `mutable=["batch_stats"]` is needed.
 
         Returns:
             float32 `[B, num_classes]`.

@@ -1,8 +1,8 @@
 """Surgery on a model's variables: stacked and unstacked blocks, another classifier, other relative tables.
 
-Each function takes variables, `{"params": …, "batch_stats": …}` or a part of these, and returns new ones; what it does not name
-stays as it is. Any tree of the same structure works too, such as an exponential moving average under "params". All trace, so
-`jax.eval_shape` gives the result's shapes from abstract variables.
+Each function takes variables, `{"params": …, "batch_stats": …}` or a part of these, and returns new ones; what it does
+not name stays as it is. Any tree of the same structure works too, such as an exponential moving average under "params".
+JAX can trace all of them: `jax.eval_shape` gives the result's shapes from abstract variables.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,9 @@ from halonet_jax.models.blocks import BlockSpec
 
 
 def stack_blocks(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) -> dict:
-    """Converts variables of an unrolled model to those of the same model with `scan=True`; `unstack_blocks` is the inverse.
+    """Converts variables of an unrolled model to those of the same model with `scan=True`.
+
+    `unstack_blocks` is the inverse.
 
     Args:
         variables: of `models.create(..., scan=False)`.
@@ -40,7 +42,9 @@ def stack_blocks(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) -> d
 
 
 def unstack_blocks(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) -> dict:
-    """Converts variables of a model with `scan=True` to those of the same model unrolled; `stack_blocks` is the inverse.
+    """Converts variables of a model with `scan=True` to those of the same model unrolled.
+
+    `stack_blocks` is the inverse.
 
     Args:
         variables: of `models.create(..., scan=True)`.
@@ -70,7 +74,7 @@ def unstack_blocks(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) ->
 
 
 def replace_classifier(variables: Mapping, num_classes: int) -> dict:
-    """Replaces the classifier by one of zeros, as fine-tuning starts (paper, section 4).
+    """Replaces the classifier by one of zeros, as fine-tuning starts (arXiv 2103.12731, section 4).
 
     Args:
         variables: of a `models.HaloNet`.
@@ -91,12 +95,14 @@ def replace_classifier(variables: Mapping, num_classes: int) -> dict:
 
 
 def resize_relative_tables(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) -> dict:
-    """Resizes the relative tables for other blocks or halos by linear interpolation, as fine-tuning does (paper, section 4).
+    """Resizes the relative tables for another block or halo size by linear interpolation.
+
+    Fine-tuning at a higher resolution starts so (arXiv 2103.12731, section 4).
 
     Args:
         variables: of a model with or without `scan=True`.
-        stages: the new model's blocks, `model.backbone.stages`. They may differ from the old model's in `block_size` and
-            `halo_size` alone.
+        stages: the new model's blocks, `model.backbone.stages`. They may differ from the old model's in `block_size`
+            and `halo_size` alone.
 
     Returns:
         Variables of the new model. Tables that have the right size already are unchanged.
@@ -168,7 +174,8 @@ def _stack(members, run):
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
     except (TypeError, ValueError):  # arrays of unequal shapes; trees of unequal structure
         raise ValueError(
-            f"the arrays of {', '.join(run.block_names)} differ in number or shape, and stages has equal blocks there; {_REMEDY}"
+            f"the arrays of {', '.join(run.block_names)} differ in number or shape, but stages has equal blocks there; "
+            f"{_REMEDY}"
         ) from None
 
 

@@ -1,6 +1,7 @@
-"""Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules that a variant obeys."""
+"""Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules for variants."""
 
 import dataclasses
+import math
 
 from halonet_jax.models import checks
 from halonet_jax.models.blocks import KINDS, BlockSpec, Stages
@@ -54,8 +55,8 @@ VARIANTS = {
     "h5": _halonet(14, 2, 2.5, 2.0, 23, 1536),
     "h6": _halonet(8, 4, 3.0, 2.75, 24, 1536),
     "h7": _H7,
-    # Hybrids of table 3: 3x3 convs (c to c) with squeeze-and-excitation in the named stages. The ratio is the paper's for
-    # detection; for these it states none.
+    # Hybrids of table 3: 3x3 convs (c to c) with squeeze-and-excitation in the named stages. The ratio is the paper's
+    # for detection; for these it states none.
     "h7_conv1": _with_convs(_H7, 1, se_ratio=1 / 8, se_kinds=("conv",)),
     "h7_conv12": _with_convs(_H7, 2, se_ratio=1 / 8, se_kinds=("conv",)),
     "h7_conv123": _with_convs(_H7, 3, se_ratio=1 / 8, se_kinds=("conv",)),
@@ -70,8 +71,8 @@ VARIANTS = {
 
 # What describes the stages; the others of `DEFAULTS` describe stem, activation and the last convolution.
 STAGE_OPTIONS = (
-    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio", "se_ratio",
-    "se_kinds",
+    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio",
+    "se_ratio", "se_kinds",
 )  # fmt: skip
 
 
@@ -83,8 +84,8 @@ def resolve(name: str, **overrides) -> dict:
         **overrides: values to take in place of the variant's, by keys of `DEFAULTS`.
 
     Raises:
-        ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide the widths,
-            or squeeze-and-excitation is on and would be in no block.
+        ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide
+            the widths, or squeeze-and-excitation is on and would be in no block.
     """
     if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"model {name!r} is unknown; {checks.nearest(name, VARIANTS)}")
@@ -118,16 +119,19 @@ def stages(variant: dict) -> Stages:
             if kind == "attention":
                 if values != int(values) or values < 1:
                     raise ValueError(
-                        f"value_ratio={v['value_ratio']!r} gives {values:g} channels of values; it must give a whole number that "
-                        f"{num_heads} heads divide; for example value_ratio=1.0"
+                        f"value_ratio={v['value_ratio']!r} gives {values:g} channels of values; it must give a whole number "
+                        f"that {num_heads} heads divide; for example value_ratio=1.0"
                     )
-                options = dict(num_heads=num_heads, block_size=v["block_size"], halo_size=v["halo_size"], value_width=int(values))
+                options = dict(
+                    num_heads=num_heads, block_size=v["block_size"], halo_size=v["halo_size"], value_width=int(values)
+                )  # fmt: skip
             block = BlockSpec(
                 kind, width, int(width * v["expansion_ratio"]), stride=1 if stage == 0 else 2,
                 se_ratio=v["se_ratio"] if kind in v["se_kinds"] else 0.0, **options,
             )  # fmt: skip
         except ValueError as error:
-            raise ValueError(f"stage {stage + 1}, which is {width} wide (base_width={v['base_width']}): {error}") from None
+            about = f"base_width={v['base_width']}, value_ratio={v['value_ratio']}"
+            raise ValueError(f"stage {stage + 1} is {width} wide ({about}): {error}") from None
         found.append((block, *(dataclasses.replace(block, stride=1),) * (depth - 1)))
     return tuple(found)
 
@@ -148,11 +152,11 @@ def _check(variant):
     for key, least in (("block_size", 1), ("halo_size", 0), ("base_width", 1), ("stem_width", 1), ("final_width", 0)):
         checks.whole(key, v[key], least, DEFAULTS[key])
     for key in ("value_ratio", "expansion_ratio"):
-        checks.real(key, v[key], 0, open_ends=True, example=DEFAULTS[key])
+        checks.real(key, v[key], 0.001, 1000, example=DEFAULTS[key])
     if v["base_width"] * v["expansion_ratio"] < 1:
         raise ValueError(
-            f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use at "
-            f"least {1 / v['base_width']:.3g}"
+            f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use "
+            f"{math.ceil(1000 / v['base_width']) / 1000} or more"
         )
     checks.real("se_ratio", v["se_ratio"], 0, 1)
     if v["se_ratio"] and not set(v["se_kinds"]) & set(v["stage_kinds"]):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# What masked logits become. It is finite, and stays finite if a row and a column add it and the scale multiplies it: queries
-# that pad the map see no key at all.
+# What masked logits become. It is finite, and stays finite if a row and a column add it and the scale multiplies it:
+# queries that pad the map see no key at all.
 MASKED = -1e30
 
 
@@ -88,7 +88,9 @@ class Axis(NamedTuple):
 def make_axes(
     shape: tuple, *, block_size: int, halo_size: int, stride: int, centered: bool, masked: bool
 ) -> tuple[Axis, Axis]:  # fmt: skip
-    """Returns the rows and the columns of a map. A block that exceeds the map shrinks to it, if keys outside are masked.
+    """Returns the rows and the columns of a map.
+
+    A block that exceeds the map shrinks to it if keys outside of the map are masked: these change nothing.
 
     Args:
         shape: `[B, H, W, …]`, of keys or values.

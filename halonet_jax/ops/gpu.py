@@ -1,8 +1,9 @@
-"""Halo attention fused for GPU: what surrounds the kernels of `gpu_kernels`.
+"""Halo attention fused for GPU: the calls around the kernels of `gpu_kernels`.
 
-Queries, keys and values stay as they lie. Gradients of the relative tables are sums over all queries: the kernels write the
-gradient of each query's product with each entry, `2 (2b + 2h - 1)` numbers, and two matrix products by XLA do the rest. For the
-backward pass the operator's inputs and output and the log-sum-exp of each query are kept; all else is computed again.
+Queries, keys and values keep their layout. Gradients of the relative tables are sums over all queries. The kernels
+write the gradient of each query's product with each row of the tables, `2 (2b + 2h - 1)` numbers, and two matrix
+products by XLA do the rest. The backward pass keeps the operator's inputs and output and the log-sum-exp of each query,
+and computes the rest again.
 """
 
 import functools
@@ -20,13 +21,18 @@ MAX_CHANNELS = 256  # of queries or values: what a program can hold
 
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
-    """Attends as `reference.attend` does, by kernels. On platforms other than CUDA they are interpreted: correct, but slow.
+    """Attends by kernels. On platforms other than CUDA they are interpreted: correct, but slow.
 
-    Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than bfloat16.
+    Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than
+    bfloat16.
 
     Args:
-        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of `reference.attend`.
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+            `reference.attend`.
         interpret: False: the result is zeros on platforms other than CUDA, for callers that do not use it there.
+
+    Returns:
+        As `reference.attend`.
 
     Raises:
         ValueError: `unsupported` gives a reason.
@@ -44,10 +50,11 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
 
 
 def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
-    """Why the kernels cannot attend like this, or None where they can.
+    """Returns why the kernels cannot attend like this, or None if they can.
 
     Args:
-        q, k, v: arrays, or anything with their shapes and dtypes, as for `halo_attention`.
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
     """
     if kernels.plgpu is None:
         return f"JAX {jax.__version__} has no Triton in Pallas"
@@ -56,16 +63,19 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
             return f"{name} is {x.dtype}, not float32 or bfloat16"
         if x.shape[-1] > MAX_CHANNELS:
             return f"{name} has {x.shape[-1]} channels per head, more than {MAX_CHANNELS}"
-    rows, cols = make_axes(
-        k.shape, block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked
-    )
+    rows, cols = make_axes(k.shape, block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
     if rows.keys + cols.keys > 256:
         return f"windows of {rows.keys} x {cols.keys} keys have more than 256 rows and columns"
     return None
 
 
 def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
-    """Chooses how the work is cut."""
+    """Chooses how the work is cut.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        logits_scale, **options: as of `reference.attend`.
+    """
     heads, channels = k.shape[3:]
     rows, cols = make_axes(k.shape, **options)
     dtype = jnp.result_type(q.dtype, k.dtype, v.dtype)
@@ -80,10 +90,11 @@ def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
 
 
 def _tiles(rows, cols, channels, values, itemsize):
-    """`Tiles` of the three kernels, and the patch of keys. Small tiles fit blocks better; large ones keep tensor cores busy.
+    """Returns `Tiles` of the three kernels, and the patch of keys.
 
-    Chosen by what Triton's compiler makes of them for A100, L4 and H100: next to no registers spilled in bfloat16, and no more
-    shared memory than there is (`scripts/gpu/check_gpu_kernels.py`). Not tuned on a GPU.
+    Small tiles fit blocks better; large ones keep tensor cores busy. They are chosen by what Triton's compiler makes of
+    them for A100, L4 and H100: next to no registers spilled in bfloat16, and no more shared memory than the GPU has
+    (`scripts/gpu/check_gpu_kernels.py`). They are not tuned on a GPU.
     """
     width = pl.next_power_of_2(channels) + pl.next_power_of_2(values)
     narrow = width * itemsize <= 320
@@ -94,7 +105,8 @@ def _tiles(rows, cols, channels, values, itemsize):
     patch = _patch(rows, cols, largest=keys)
     patch_keys = patch[0] * patch[1]
 
-    def warps(tile, other):  # so that a thread has up to 64 numbers of logits and sums; float32 products have no tensor cores
+    # A thread then has up to 64 numbers of logits and sums. float32 products use no tensor cores.
+    def warps(tile, other):
         return min(8, pl.next_power_of_2(pl.cdiv(tile * (other + width) * itemsize, 32 * 64 * 2)))
 
     return (
@@ -106,7 +118,7 @@ def _tiles(rows, cols, channels, values, itemsize):
 
 
 def _patch(rows, cols, largest):
-    """Rows and columns of keys whose windows' queries are met with the least waste."""
+    """Returns the rows and columns of a patch of keys that meet the queries of their windows with the least waste."""
 
     def blocks_seeing(axis, patch):  # on average, far from the border
         starts = range(axis.block - axis.halo, axis.block - axis.halo + patch * axis.block, patch)
@@ -202,7 +214,7 @@ def _call(plan, kernel, tiles, programs, interpret, arrays, results):
 
 
 def _spec(x):
-    """One image's and head's pixels of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes and tables."""
+    """The pixels of one image and head of `[B, pixels, N, ...]` or `[B, N, pixels]`; all of the codes and tables."""
     if x.ndim == 2:
         return pl.BlockSpec(x.shape, lambda head, program, image: (0, 0))
     if x.ndim == 3:

@@ -1,13 +1,15 @@
-"""GPU kernels of halo attention through Pallas and Triton, forward and backward: windows and logits live in registers only.
+"""GPU kernels of halo attention through Pallas and Triton. Windows and logits are in registers only.
 
-A program of `forward_kernel` and of `dq_kernel` has a tile of one block's queries and loops over the keys of its window; a
-program of `dkv_kernel` has a patch of key pixels and loops over the blocks whose windows see it, so that gradients of overlapping
-windows meet in one program's registers, always in the same order. Pixels are read where they lie, `[H * W, N * D]` of an image.
+A program of `forward_kernel` and `dq_kernel` has a tile of one block's queries and loops over the keys of its window. A
+program of `dkv_kernel` has a patch of key pixels and loops over the blocks whose windows see it. So the gradients of
+overlapping windows meet in the registers of one program, always in the same order. Pixels keep their layout,
+`[H * W, N * D]` of an image.
 
-Logits of the position are kept as `[Q, C]`: each query's for the rows and the columns of its window, a large negative number for
-those that are masked. The product with the keys' one-hot codes of row and column, `[K, C]`, spreads them over the keys on the
-tensor cores, which leaves little to do for each logit. Their gradients go out as `[pixels, 2T]`, for each offset of rows, then
-of columns, as if they were products of each query and each entry of the tables.
+Logits of the position are `[Q, C]`: those of each query for the rows and the columns of its window, with a large
+negative number for what is masked. Their product with the keys' one-hot codes of row and column, `[K, C]`, spreads them
+over the keys. That is work for tensor cores, and leaves little to do for each logit. Their gradients are written as
+`[pixels, 2T]`, for each offset of rows, then of columns, as if they were products of each query with each row of the
+tables.
 """
 
 import math
@@ -28,67 +30,103 @@ LOG2_E = math.log2(math.e)
 
 
 class Tiles(NamedTuple):
-    """What a program works on at a time; speed depends on it, results do not (but for the order of sums)."""
+    """What a program works on at a time. Speed depends on it; results only by the order of sums.
+
+    Attributes:
+        queries: of a tile.
+        keys: of a tile.
+        warps: of a program.
+        stages: of Triton's software pipeline.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
 
-    def window_steps(self, plan):
+    def window_steps(self, plan: "Plan") -> int:
+        """Returns the number of tiles of keys in a window of the plan."""
         return pl.cdiv(plan.rows.keys * plan.cols.keys, self.keys)
 
-    def ragged(self, plan):
+    def ragged(self, plan: "Plan") -> bool:
+        """Returns whether the last tile of keys reaches beyond a window of the plan."""
         return plan.rows.keys * plan.cols.keys % self.keys != 0
 
 
 class Plan(NamedTuple):
-    """All that the kernels know at compile time."""
+    """All that the kernels know at compile time.
+
+    Attributes:
+        rows, cols: the map's axes.
+        heads: N.
+        channels: D.
+        values: E.
+        offsets: rows of a relative table, T.
+        scale: of the logits.
+        dtype: name of the dtype of q, k and v.
+        forward: tiles of `forward_kernel`.
+        dq: tiles of `dq_kernel`.
+        dkv: tiles of `dkv_kernel`; it has as many queries as `dq`.
+        patch: rows and columns of keys in a program of `dkv_kernel`.
+    """
 
     rows: Axis
     cols: Axis
     heads: int
     channels: int
     values: int
-    offsets: int  # rows of a relative table, T
+    offsets: int
     scale: float
     dtype: str
     forward: Tiles
     dq: Tiles
-    dkv: Tiles  # of as many queries as dq's
-    patch: tuple[int, int]  # rows and columns of keys in a program of dK and dV
+    dkv: Tiles
+    patch: tuple[int, int]
 
     @property
-    def codes(self):
-        """C. What the rows and columns of a window leave free hides keys outside of the window."""
+    def codes(self) -> int:
+        """C, a power of two. Codes beyond those of a window's rows and columns hide keys outside of the window."""
         return pl.next_power_of_2(self.rows.keys + self.cols.keys)
 
     @property
-    def spare_code(self):
+    def spare_code(self) -> bool:
+        """Whether there is a code beyond those of a window's rows and columns."""
         return self.codes > self.rows.keys + self.cols.keys
 
     @property
-    def parts(self):
-        """How many arrays of `dtype` the position logits are split into, to keep float32's bits or twice those of bfloat16."""
+    def parts(self) -> int:
+        """Number of arrays of `dtype` for the position logits. They keep float32's bits, or twice bfloat16's."""
         return 1 if self.dtype == "float32" else 2
 
     @property
-    def base2_scale(self):
+    def base2_scale(self) -> float:
+        """Factor on the logits for a softmax by powers of two."""
         return self.scale * LOG2_E
 
     @property
-    def masked_logit(self):
-        """About -2^30 once scaled. Powers of two round nowhere; rounding of larger ones would not pass for a small difference."""
+    def masked_logit(self) -> float:
+        """About -2^30 when scaled. It is a power of two, which no product rounds."""
         return -(2.0 ** (30 - math.ceil(math.log2(self.base2_scale))))
 
     @property
-    def patches(self):
-        """Of rows and columns. The first begins before the map, so that some patches begin where windows do."""
+    def patches(self) -> tuple[int, int]:
+        """Number of patches per axis. The first begins before the map, so that some begin where windows do."""
         return tuple(pl.cdiv(axis.size + axis.halo % patch, patch) for axis, patch in zip((self.rows, self.cols), self.patch))
 
 
 def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, out_ref, lse_ref):
-    """Attends from a tile of queries to its window; keeps the base-2 log-sum-exp of the scaled logits."""
+    """Attends from a tile of queries to its window.
+
+    Refs hold one image and head, see the module's docstring.
+
+    Args:
+        plan: of the operator.
+        q_ref, k_ref, v_ref: `[pixels, D or E]`.
+        codes_ref: `[keys, C]`, see `codes`.
+        tables_ref: `[2T, D]`, rows before columns.
+        out_ref: result, `[pixels, E]`.
+        lse_ref: result, `[pixels]` float32: the base-2 log-sum-exp of the scaled logits.
+    """
     tiles = plan.forward
     i, j, tile, y, x, pixels, inside = _queries_of_program(plan, tiles)
     q = _load(q_ref, pixels, inside)
@@ -117,10 +155,17 @@ def forward_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, out_r
 
 
 def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, lse_ref, out_ref, dout_ref, *result_refs):
-    """Gradients of a tile of queries, without what comes through the position logits, and of its position logits.
+    """Computes the gradients of a tile of queries, without what comes through the position logits, and of these logits.
 
-    Then what `dkv_kernel` needs of each query, in the order of blocks and their queries: the log-sum-exp, the product of output
-    and its gradient, and the window's position logits, split into parts.
+    It also writes what `dkv_kernel` needs of each query, in the order of blocks and their queries.
+
+    Args:
+        plan: of the operator.
+        q_ref, k_ref, v_ref, codes_ref, tables_ref: as of `forward_kernel`.
+        lse_ref, out_ref: results of `forward_kernel`.
+        dout_ref: gradient of the output, `[pixels, E]`.
+        *result_refs: results. The gradients `[pixels, D]` and `[pixels, 2T]`; the log-sum-exp and the product of output
+            and its gradient, both `[queries]` float32; the position logits in `plan.parts` parts, each `[queries, C]`.
     """
     dq_ref, dposition_ref, block_lse_ref, block_delta_ref, *part_refs = result_refs
     tiles = plan.dq
@@ -153,7 +198,15 @@ def dq_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, tables_ref, lse_ref, o
 
 
 def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, dout_ref, lse_ref, delta_ref, *rest):
-    """Gradients of a patch of keys and values. Logits stand transposed, `[K, Q]`, as the products with them need them."""
+    """Computes the gradients of a patch of keys and values. Logits are `[K, Q]`, as the products with them need them.
+
+    Args:
+        plan: of the operator.
+        q_ref, k_ref, v_ref, codes_ref: as of `forward_kernel`.
+        dout_ref: gradient of the output, `[pixels, E]`.
+        lse_ref, delta_ref: log-sum-exp, and product of output and its gradient, from `dq_kernel`.
+        *rest: the parts of the position logits from `dq_kernel`; then the results, like k and v.
+    """
     *part_refs, dk_ref, dv_ref = rest
     tiles = plan.dkv
     patch_row, patch_col = _divmod(pl.program_id(1), plan.patches[1])
@@ -193,9 +246,12 @@ def dkv_kernel(plan: Plan, q_ref, k_ref, v_ref, codes_ref, dout_ref, lse_ref, de
 
 
 def codes(plan: Plan):
-    """One-hot codes of the keys in a window and a patch around it, `[keys, C]`: of row, then of column.
+    """Returns the one-hot codes of the keys in a window and a patch around it, `[keys, C]`: of row, then of column.
 
     Keys outside of the window have the first spare code, or none.
+
+    Args:
+        plan: of the operator.
     """
     r, s, code = (
         lax.broadcasted_iota(jnp.int32, (plan.rows.keys + 2 * plan.patch[0], plan.cols.keys + 2 * plan.patch[1], plan.codes), n)
@@ -207,8 +263,9 @@ def codes(plan: Plan):
     return hit.astype(plan.dtype).reshape(-1, plan.codes)
 
 
-# Where things are. Indices are int32 vectors: over queries y and x, a query's pixel of the block (at full resolution); over keys
-# r and s, a key's row and column of the window. `pixels` index the map's pixels in memory, at the output's resolution for queries.
+# Where things are. Indices are int32 vectors. Over queries, y and x are a query's pixel in the block, at full
+# resolution. Over keys, r and s are a key's row and column in the window. `pixels` index pixels in memory, for queries
+# those of the output.
 
 
 def _queries_of_program(plan, tiles):
@@ -223,7 +280,7 @@ def _queries(plan, tiles, i, j, tile):
     row, col = i * plan.rows.queries + y, j * plan.cols.queries + x
     pixels, inside = _pixels(row, col, plan.rows.outputs, plan.cols.outputs)
     inside &= y < plan.rows.queries
-    # Others lie beyond the map's end in memory: where kernels are interpreted, a masked store must not hit another's pixel.
+    # Others get an index after the map's end: if kernels are interpreted, a masked store must not hit another's pixel.
     return y * plan.rows.stride, x * plan.cols.stride, jnp.where(inside, pixels, plan.rows.outputs * plan.cols.outputs), inside
 
 
@@ -252,7 +309,7 @@ def _blocks_seeing(axis, start, patch):
 
 
 def _divmod(a, b):
-    """Of numbers that are not negative, which spares the case."""
+    """Returns quotient and remainder of numbers that are not negative."""
     return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
 
 
@@ -281,7 +338,7 @@ def _grid(ref, pixels, inside):
 
 
 def _first_offsets(plan, y, x):
-    """Where the window's offsets begin among those of rows and of columns, for each query."""
+    """Returns where the window's offsets begin among those of rows and of columns, for each query."""
     return plan.rows.center - plan.rows.halo - y, plan.cols.center - plan.cols.halo - x
 
 
@@ -295,10 +352,10 @@ def _window_offsets(plan, y, x, pixels):
 
 
 def _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside):
-    """Position logits of each query for its window's rows, then columns, `[Q, C]`, and `masked_logit` for what it must not see.
+    """Returns each query's position logits for the rows, then the columns of its window, `[Q, C]`, masked.
 
-    Queries of one row of the block share their row offsets: for each row there is a product of all queries with the entries of
-    the table that this row needs, of which its queries keep theirs. The same for columns.
+    Queries of one row of the block share their row offsets. For each row, all queries are multiplied with the rows of
+    the table that this row needs, and its queries keep their products. The same holds for columns.
     """
     code = jnp.arange(plan.codes, dtype=jnp.int32)
     is_row, is_col = code < plan.rows.keys, (code >= plan.rows.keys) & (code < plan.rows.keys + plan.cols.keys)

@@ -28,48 +28,54 @@ def halo_attention(
     logits_scale: float | None = None,
     implementation: str | Callable = "auto",
 ) -> jax.Array:
-    """Attends from every query pixel to the neighbourhood of the block that it lies in.
+    """Attends from every query pixel to the neighbourhood of its block.
 
-    The map is cut into blocks of `block_size` squared pixels, from the top left. A block's neighbourhood is the block and
-    `halo_size` pixels more on each side. A query at full-resolution pixel (y, x) and a key at (r, s) of its neighbourhood have
+    The map is cut into blocks of `block_size` x `block_size` pixels, from the top left. A block's neighbourhood is the
+    block with `halo_size` more pixels on each side. A query at pixel (y, x) of the map and a key at pixel (r, s) have
+    the logit
 
         logit = logits_scale * (q · k + q_rows · rel_rows[r - y + b - 1 + h] + q_cols · rel_cols[s - x + b - 1 + h]),
 
-    with softmax over the neighbourhood. `q_rows` and `q_cols` are the first and second half of q's channels where the
-    tables are `[2b + 2h - 1, D / 2]` (the paper's factorised form), or both all of q where they are `[2b + 2h - 1, D]`.
-    All heads share the tables. Any map size works; where one block covers the map, this is global attention, and
-    `block_size=1` is attention over per-pixel windows.
+    and the softmax is over the neighbourhood. If the tables are `[2b + 2h - 1, D / 2]`, `q_rows` is the first half of
+    q's channels and `q_cols` the second (the paper's factorised form). If they are `[2b + 2h - 1, D]`, both are all of
+    q. All heads share the tables. Any map size works. One block that covers the map gives global attention.
+    `block_size=1` gives attention over windows around each pixel.
+
+    Source: arXiv 2103.12731, sections 2 and 3. The paper does not state `padding`; `window="centered"` is not the
+    paper's.
 
     Args:
-        q: `[B, ceil(H / stride), ceil(W / stride), N, D]`, queries at the output's resolution: q's pixel (i, j) sits at
-            (i * stride, j * stride) of the map. Not scaled.
-        k: `[B, H, W, N, D]`, keys at full resolution.
-        v: `[B, H, W, N, E]`, values at full resolution; E may differ from D.
-        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`; row 0 belongs to the key that lies b - 1 + h above
-            the query.
-        rel_cols: the same for columns.
-        block_size: b, in pixels of the full-resolution map.
-        halo_size: h, in pixels; 0 is attention within blocks.
-        stride: 2 is the paper's attention downsampling: every second query per axis, the same neighbourhoods.
-        window: "neighborhood" (the paper: every query of a block sees all of its neighbourhood) or "centered" (keys
-            farther than `halo_size` rows or columns from the query are masked: the pixel-centred windows of SASA,
-            arXiv 1906.05909, with k = 2h + 1).
-        padding: what keys outside of the map do: "mask" (take no part) or "zero" (take part with zero key and value,
-            keeping their position's logit, as in timm). The paper does not say.
-        logits_scale: positive factor on both terms; None is `D ** -0.5`. (A position term without scale, as in timm, is had by
-            tables divided by it.)
-        implementation: "auto" (the fastest, by `selection`), "xla" (einsums), "pallas" (fused kernels for the device, for the
-            shapes to which `unsupported` of `ops.tpu` or `ops.gpu` has no objection; interpreted on a CPU, which is
-            slow), "reference" (slow, obvious, in float32), or a function like `reference.attend`. The device is the one that
-            the program is traced for (see `per_device.device`), for export too. All differentiate in reverse; on a CPU and in
-            fused kernels, which have derivatives of their own, not forward (`jax.jvp`): "reference" does.
+        q: `[B, ceil(H / stride), ceil(W / stride), N, D]`, queries. Pixel (i, j) of q is pixel (i * stride, j * stride)
+            of the map. Not scaled. float32, bfloat16 or float64, as k and v.
+        k: `[B, H, W, N, D]`, keys.
+        v: `[B, H, W, N, E]`, values. E may differ from D.
+        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`, any float dtype. Row 0 is for a key b - 1 + h rows
+            above the query.
+        rel_cols: the same for columns, from left to right.
+        block_size: b, in pixels of the map; at least 1.
+        halo_size: h, in pixels of the map; at least 0. 0 is attention within blocks.
+        stride: pixels of the map from one query to the next, per axis; at least 1. 2 is the paper's attention
+            downsampling: every second query per axis, with the same neighbourhoods.
+        window: "neighborhood": every query of a block sees the whole neighbourhood, as in the paper. "centered": keys
+            more than `halo_size` rows or columns away from the query are masked. These are the windows of SASA, arXiv
+            1906.05909, with k = 2h + 1.
+        padding: what keys outside of the map do. "mask": they take no part. "zero": they take part with zero key and
+            value, and keep the logit of their position, as in timm.
+        logits_scale: positive factor on both terms; None: `D ** -0.5`. For a position term without scale, as in timm,
+            divide the tables by the scale.
+        implementation: "auto": the fastest for the platform and the shapes, see `selection`. "xla": einsums. "pallas":
+            the fused kernels of the platform, see `unsupported` in `ops.tpu` and `ops.gpu`; a CPU interprets TPU's,
+            which is slow. "reference": slow and obvious, in float32. Or a function like `reference.attend`. The
+            platform is the one that the program is lowered for, see `platforms`. An export for CUDA needs "auto" or
+            "xla", since `jax.export` refuses GPU kernels. All implementations have gradients (`jax.grad`); only
+            "reference" has forward derivatives (`jax.jvp`) on every platform.
 
     Returns:
-        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are float32 whatever the inputs;
-        with bfloat16 inputs, softmax weights are rounded to bfloat16 where they meet v.
+        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype. Logits and softmax are at least float32. With
+        bfloat16 inputs, the softmax weights are rounded to bfloat16 for the product with v.
 
     Raises:
-        ValueError: for arguments that break a rule above; the message states value and rule.
+        ValueError: an argument breaks a rule above; the message states value and rule.
     """
     _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation)
     if logits_scale is None:

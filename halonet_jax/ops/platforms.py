@@ -1,9 +1,9 @@
 """The platform that a program is for, and kernels over several devices.
 
 A program may be traced on one machine and run on another. Where a mesh is set, with `jax.set_mesh` or
-`jax.sharding.use_abstract_mesh`, the program is for the mesh's devices. Without a mesh, the platform is unknown while the
-program is traced. JAX then picks the code for each platform when it lowers the program, and `jax.export` can lower one
-program for several platforms.
+`jax.sharding.use_abstract_mesh`, the program is for the mesh's devices. Without a mesh, the platform is unknown while
+the program is traced. JAX then picks the code for each platform when it lowers the program, and `jax.export` can lower
+one program for several platforms.
 """
 
 import functools
@@ -26,7 +26,8 @@ def mesh_device() -> Any:
 def device() -> Any:
     """Returns the device that attention is described and checked for, with `platform` and `device_kind`.
 
-    It is the device of the mesh that is set, which this machine need not have. Without a mesh it is JAX's default device.
+    It is the device of the mesh that is set, which this machine need not have. Without a mesh it is JAX's default
+    device.
     """
     default = jax.config.jax_default_device  # a device, the name of a platform, or None
     found = mesh_device() or default
@@ -36,13 +37,14 @@ def device() -> Any:
 def by_platform(*arrays: Any, default: Callable, **functions: Callable) -> Any:
     """Calls the function for the platform that the program is for.
 
-    With a mesh, or outside of `jax.jit`, only that function is called. Otherwise all functions are traced, and the choice is
-    made when the program is lowered, for each platform that it is lowered for.
+    With a mesh, or outside of `jax.jit`, only that function is called. Otherwise all functions are traced, and the
+    choice is made when the program is lowered, for each platform that it is lowered for.
 
     Args:
         *arrays: what the functions are called with; trees of arrays too.
         default: the function for platforms that have none of their own.
-        **functions: functions by platform: "cpu", "gpu" or "tpu". All functions return arrays of the same shapes and dtypes.
+        **functions: functions by platform: "cpu", "gpu" or "tpu". All functions return arrays of the same shapes and
+            dtypes.
 
     Returns:
         What the function returns.
@@ -63,9 +65,10 @@ def per_device(
 ) -> list[jax.Array]:
     """Runs a kernel on each device's part of the batch.
 
-    XLA cannot cut a kernel over devices as it cuts other operations. The cut is made here, over all axes of the mesh that
-    is set. The kernel is not cut where no mesh is set, or where the devices do not divide the batch; JAX then refuses to run
-    it on several TPUs. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52 does not support it.)
+    XLA cannot cut a kernel over devices as it cuts other operations. The cut is made here, over all axes of the mesh
+    that is set. The kernel is not cut where no mesh is set, or where the devices do not divide the batch; JAX then
+    refuses to run it on several TPUs. (`jax.experimental.custom_partitioning` would need no mesh, but libtpu 0.0.52
+    does not support it.)
 
     Args:
         run: the kernel; `run(interpret, *arrays)` returns a tuple of arrays.
@@ -74,15 +77,16 @@ def per_device(
             `jax.ShapeDtypeStruct`. The batch is the first axis of each.
         platform: where the kernel is compiled, "cuda" or "tpu".
         whole: indices of the arrays that every device gets whole.
-        interpret: whether the kernel is interpreted on other platforms. False: the caller never uses the result there; it
-            is zeros, which keeps a program for several platforms small.
+        interpret: whether the kernel is interpreted on other platforms. False: the caller never uses the result there;
+            it is zeros, which keeps a program for several platforms small.
 
     Returns:
         The arrays that `run` returns.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    # A program with a mesh is for one platform and needs no primitive.
-    call = functools.partial(_kernel_p.bind, interpret=interpret) if mesh.empty else functools.partial(_run, interpret=True)
+    call = functools.partial(_kernel_p.bind, interpret=interpret)
+    if mesh_device() is not None:  # The program is for one platform and needs no primitive.
+        call = functools.partial(_run, interpret=True)
     call = functools.partial(call, run=run, results=results, platform=platform)
     axes = cut_axes(mesh)
     devices = math.prod(mesh.shape[name] for name in axes)
@@ -103,9 +107,9 @@ def cut_axes(mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
     return tuple(name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind != AxisType.Manual)
 
 
-# A kernel is a primitive, because each platform lowers a primitive by a rule of its own. `jax.lax.platform_dependent` alone
-# would not do: in a program for several platforms it lowers every branch for all of them, and Pallas refuses to lower a
-# compiled kernel for a CPU.
+# A kernel is a primitive, because each platform lowers a primitive by a rule of its own. `jax.lax.platform_dependent`
+# alone would not do: in a program for several platforms it lowers every branch for all of them, and Pallas refuses to
+# lower a compiled kernel for a CPU.
 
 _kernel_p = Primitive("halo_attention_kernel")
 _kernel_p.multiple_results = True

@@ -1,4 +1,7 @@
-"""Halo attention by its definition: one gathered window per query pixel, in float32. Slow, and meant to be obvious."""
+"""Halo attention by its definition: one gathered window per query pixel, in float32. Slow, and meant to be obvious.
+
+It shares no code with the other implementations, which are tested against it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +9,24 @@ import numpy as np
 
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
-    """See `halo_attention` for the contract. Memory grows with (b + 2h)² per pixel."""
+    """Attends, see `halo_attention`. Memory grows with (b + 2h)² per pixel. All implementations take these arguments.
+
+    Args:
+        q: `[B, ceil(H / stride), ceil(W / stride), N, D]`.
+        k: `[B, H, W, N, D]`.
+        v: `[B, H, W, N, E]`.
+        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`.
+        rel_cols: like `rel_rows`.
+        block_size: in pixels of the map. Implementations other than this one need a multiple of `stride`.
+        halo_size: in pixels of the map.
+        stride: pixels of the map from one query to the next, per axis.
+        centered: whether keys more than `halo_size` rows or columns away from the query are masked.
+        masked: whether keys outside of the map are masked; else they are zeros.
+        logits_scale: factor on the logits.
+
+    Returns:
+        `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype.
+    """
     dtype = v.dtype
     precise = jnp.promote_types(jnp.float32, dtype)
     q, k, v, rel_rows, rel_cols = (x.astype(precise) for x in (q, k, v, rel_rows, rel_cols))
@@ -39,7 +59,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
 
 
 def _neighbors(size, block_size, halo_size, stride):
-    """Along one axis: each query's keys, their offsets from the query, and whether they lie on the map; all `[queries, keys]`."""
+    """Each query's keys along an axis, their offsets from it, and whether they are on the map: `[queries, keys]`."""
     queries = np.arange(0, size, stride)
     first = queries // block_size * block_size - halo_size
     keys = first[:, None] + np.arange(block_size + 2 * halo_size)

@@ -15,9 +15,9 @@ NAMES = ("auto", "xla", "pallas", "reference")
 EINSUM = {"cpu": einsum_cpu}
 # Fused kernels by platform; other platforms interpret TPU's.
 FUSED = {"tpu": tpu, "gpu": gpu}
-# Platforms where "auto" takes the fused kernels, if `unsupported` gives no reason against it. Other platforms take "xla".
-# Reasons (docs/performance.md): on TPU, traffic and memory by TPU's compiler. On GPU, the kernels have not been timed yet.
-# On CPU, they would be interpreted.
+# Platforms where "auto" takes the fused kernels, if `unsupported` gives no reason against it. Other platforms take
+# "xla". Reasons (docs/performance.md): on TPU, traffic and memory by TPU's compiler. On GPU, the kernels have not been
+# timed yet. On CPU, they would be interpreted.
 AUTO_FUSED = ("tpu",)
 
 
@@ -37,7 +37,7 @@ def choose(
     implementation: Any, q: Any, k: Any, v: Any, *, block_size: int, halo_size: int, stride: int, centered: bool, masked: bool,
     platform: str | None = None,
 ) -> Choice:  # fmt: skip
-    """Returns the implementation that attends on a platform: "auto" resolved, and "pallas" only where the kernels can do it.
+    """Returns what attends on a platform: "auto" is resolved, and "pallas" stays only if the kernels can do it.
 
     Args:
         implementation: as of `halo_attention`.
@@ -70,10 +70,16 @@ def attend(q, k, v, rel_rows, rel_cols, *, implementation, fall_back=False, logi
         implementation: "auto", "xla" or "pallas".
         fall_back: whether "pallas" becomes "xla" where the kernels cannot attend like this.
 
+    Returns:
+        As `reference.attend`.
+
     Raises:
         ValueError: "pallas", without `fall_back`, where the kernels cannot attend like this.
     """
-    bound = functools.cache(functools.partial(functools.partial, **options, logits_scale=logits_scale))
+
+    @functools.cache  # Platforms with the same function then share one branch.
+    def bound(function, **more):
+        return functools.partial(function, **options, logits_scale=logits_scale, **more)
 
     def function(platform):
         name = implementation
@@ -90,15 +96,12 @@ def attend(q, k, v, rel_rows, rel_cols, *, implementation, fall_back=False, logi
 
 
 def _uncut(batch, platform):
-    """Why a kernel could not be cut over the devices: XLA cannot do it by itself, as it can with the einsum."""
+    """Returns why the devices cannot share a kernel, or None. XLA cuts an einsum by itself, but no kernel."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         count = jax.device_count() if device().platform == platform else 1
-        return (
-            f"of {count} devices, no mesh is set; jax.set_mesh, with Auto axes, says how to cut the batch"
-            if count > 1
-            else None
-        )
+        reason = f"of {count} devices, no mesh is set; jax.set_mesh, with Auto axes, says how to cut the batch"
+        return reason if count > 1 else None
     if AxisType.Explicit in mesh.axis_types:
         return "the mesh has Explicit axes; give jax.make_mesh axis_types=(jax.sharding.AxisType.Auto,) * number_of_axes"
     count = math.prod(mesh.shape[name] for name in cut_axes(mesh))

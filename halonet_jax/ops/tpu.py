@@ -1,8 +1,8 @@
-"""Halo attention fused for TPU: what surrounds the kernels of `tpu_kernels`.
+"""Halo attention fused for TPU: the layouts and calls around the kernels of `tpu_kernels`.
 
-XLA lays queries, keys and values out by columns of blocks (where blocks fill sublanes, as 8 and 16 do, and divide the map, that
-is a change of view) and the relative tables by lanes; the kernels do the rest. For the backward pass only what
-goes into the kernel is kept, and the log-sum-exp of each query.
+XLA lays out queries, keys and values by columns of blocks, and the relative tables by lanes. If blocks fill sublanes,
+as 8 and 16 do, and divide the map, the layout of pixels is a change of view. The kernels do the rest. The backward pass
+keeps the inputs of the kernel and the log-sum-exp of each query.
 """
 
 import functools
@@ -20,15 +20,21 @@ from halonet_jax.ops.geometry import make_axes
 from halonet_jax.ops.platforms import device, per_device
 from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Plan
 
-VMEM_BYTES = 64 * 2**20  # on-chip memory that interpreted kernels may take: that of the least of v5e, v5p and v6e
+# On-chip memory that kernels may take where no TPU is known, neither the mesh's nor this machine's: what the smallest
+# of v5e, v5p and v6e has.
+VMEM_BYTES = 64 * 2**20
 
 
 def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
-    """Attends as `reference.attend` does, by kernels. On platforms other than TPU they are interpreted: correct, but slow.
+    """Attends by kernels. On platforms other than TPU they are interpreted: correct, but slow.
 
     Args:
-        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of `reference.attend`.
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+            `reference.attend`.
         interpret: False: the result is zeros on platforms other than TPU, for callers that do not use it there.
+
+    Returns:
+        As `reference.attend`.
 
     Raises:
         ValueError: `unsupported` gives a reason.
@@ -50,10 +56,14 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
 
 
 def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
-    """Why the kernels cannot attend like this on the TPU that the program is traced for, or None where they can.
+    """Returns why the kernels cannot attend like this, or None if they can.
 
-    q, k and v are arrays, or anything with their shapes and dtypes, as for `halo_attention`. That TPU is the mesh's, which need
-    not be at hand (see `per_device.device`).
+    The TPU is the one of the mesh that is set, which this machine need not have. Without a mesh it is this machine's
+    TPU. On a machine without TPU it may be any from v5e on; set a mesh to export for an older one.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
     """
     chip = pltpu.get_tpu_info() if pltpu.is_tpu_device() else None  # none for interpreted kernels
     if chip and chip.generation < 4:
@@ -80,7 +90,12 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
 
 
 def make_plan(q, k, v, *, logits_scale, **options) -> Plan:
-    """Chooses how heads are grouped and blocks laid out."""
+    """Chooses how heads are grouped and blocks laid out.
+
+    Args:
+        q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
+        logits_scale, **options: as of `reference.attend`.
+    """
     heads, channels = k.shape[3:]
     rows, cols = make_axes(k.shape, **options)
     values = v.shape[-1]
@@ -145,9 +160,9 @@ def _unlay_out(plan, out, q_shape):
 
 
 def _lay_table(plan, table, axis, lane):
-    """`[2b + 2h - 1, D / 2 or D] -> [offsets, key_lanes]`: for each head of a chunk, in lanes from its `lane`-th on.
+    """`[2b + 2h - 1, D / 2 or D] -> [offsets, key_lanes]`: a copy for each head of a chunk, from the head's `lane` on.
 
-    The first row is that of a block's last pixel and its window's first key.
+    The first row is for a block's last pixel and its window's first key.
     """
     first = axis.center - axis.halo - (axis.block - 1)
     table = table[first : first + axis.block - 1 + axis.keys]
@@ -156,7 +171,7 @@ def _lay_table(plan, table, axis, lane):
 
 
 def _shifts(plan):
-    """`[2, M]` int32: by how much each stacked query's row and column lie before its block's last."""
+    """`[2, M]` int32: how far each stacked query's row and column are before the last of its block."""
     pixel = np.minimum(np.arange(plan.block_queries), plan.rows.queries * plan.cols.queries - 1)
     indices = np.divmod(pixel, plan.cols.queries)
     shifts = [axis.block - 1 - index * axis.stride for axis, index in zip((plan.rows, plan.cols), indices)]
@@ -271,7 +286,7 @@ def _compiler_params(plan, backward):
 
 def _cost(plan, arrays, backward):
     if not isinstance(arrays[0].shape[0], int):
-        return None  # a symbolic batch, whose cost is no number
+        return None  # the cost of a symbolic batch is no number
     logits = arrays[0].shape[0] * plan.rows.blocks * plan.cols.blocks * plan.heads * plan.block_queries * plan.window
     key_lanes, value_lanes = (_round_up(n, LANES) for n in (plan.key_lanes, plan.value_lanes))
     products = 3 * key_lanes + 2 * value_lanes if backward else key_lanes + value_lanes
@@ -281,7 +296,12 @@ def _cost(plan, arrays, backward):
 
 
 def vmem_estimate(plan: Plan, backward: bool) -> int:
-    """On-chip memory of a kernel in bytes: bands, two copies of each block that comes and goes, and what stands between."""
+    """Returns the on-chip memory of a kernel in bytes: bands, two copies of each block on its way, and temporaries.
+
+    Args:
+        plan: of the kernel.
+        backward: whether it is the backward kernel.
+    """
     itemsize = jnp.dtype(plan.dtype).itemsize
     tiled = lambda itemsize, *shape: (
         itemsize * math.prod(shape[:-2]) * _round_up(shape[-2], SUBLANES * 4 // itemsize) * _round_up(shape[-1], LANES)
@@ -293,5 +313,5 @@ def vmem_estimate(plan: Plan, backward: bool) -> int:
     moving = 2 * (pixels + queries) * (1 + backward)
     moving -= 2 * backward * tiled(itemsize, plan.rows.blocks * plan.query_rows, plan.query_cols, value_lanes)
     logits = tiled(4, plan.window, plan.stacked)
-    # What libtpu 0.0.52 takes for the layers of H0 to H7 on v4 and v5e is less than this, by up to a third.
+    # libtpu 0.0.52 takes less than this for the layers of H0 to H7 on v4 and v5e, by up to a third.
     return (bands + moving) * 13 // 10 + 3 * logits + 2**19

@@ -1,17 +1,19 @@
-"""TPU kernels of halo attention, forward and backward: windows and logits live in on-chip memory (VMEM) only.
+"""TPU kernels of halo attention. Windows and logits are in on-chip memory (VMEM) only.
 
-The grid is (batch, chunks of heads, columns of blocks). A step holds one column of blocks over the map's whole height; a loop
-inside goes down its blocks. Columns come in order, so that each key and value is read once: a band in VMEM keeps what the next
-column's windows overlap with, and in the backward pass a second band sums the gradients of overlapping windows before they
-are written.
+The grid is (batch, chunks of heads, columns of blocks). A step holds one column of blocks over the map's whole height,
+and loops over its blocks. Columns come in order, so that each key and value is read once: a band in VMEM keeps what the
+next column's windows overlap with. In the backward pass a second band sums the gradients of overlapping windows before
+they are written.
 
-Layout, by what the hardware wants. The band is `[rows, columns, channels]`: channels in lanes, columns in sublanes, rows untiled,
-so that a window is a slice of whole tiles at a dynamic row. Logits stand transposed, keys in sublanes and queries in lanes:
-softmax then reduces over sublanes, which is plain adding of registers, statistics of a query are dense rows, and the logits
-of a relative position are one broadcast add per key row and column. Narrow heads share a matrix product: queries of `group`
-heads are stacked, each with the other heads' lanes set to zero, against keys that keep all their lanes.
+The layout suits the hardware. The band is `[rows, columns, channels]`, with channels in lanes, columns in sublanes and
+rows untiled, so that a window is a slice of whole tiles at a dynamic row. Logits are transposed, with keys in sublanes
+and queries in lanes. Softmax then reduces over sublanes, which adds whole registers; statistics of queries are dense
+rows; and the logits of a relative position are one broadcast add per key row and column. Narrow heads share a matrix
+product: queries of `group` heads are stacked, each with the lanes of the other heads set to zero, and keys keep all
+their lanes.
 
-Letters as in `halonet_jax.ops`, and M: the stacked queries of a group, its heads one after the other, K: keys of a window, R * S.
+Letters are those of `halonet_jax.ops`. M: stacked queries of a group, one head after the other. K: keys of a window,
+R * S.
 """
 
 from typing import NamedTuple
@@ -28,9 +30,10 @@ LANES, SUBLANES = 128, 8
 
 
 class Plan(NamedTuple):
-    """All that is static.
+    """All that the kernels know at compile time.
 
     Attributes:
+        rows, cols: the map's axes.
         heads: N.
         channels: D.
         values: E.
@@ -38,11 +41,11 @@ class Plan(NamedTuple):
         group: heads that are stacked; divides `chunk`.
         value_lanes: of a group's values, padded to a multiple of 128 where there are several groups.
         key_cols: S, padded to whole sublanes.
-        query_rows, query_cols: a block's queries are so many rows of whole sublanes: its pixels if their columns fill sublanes,
-            else all pixels flat in one row, padded.
+        query_rows, query_cols: layout of a block's queries, whose columns fill whole sublanes. It is that of the
+            block's pixels if their columns fill sublanes; else one row of all pixels, padded.
         offsets: rows of the tables, padded to whole sublanes.
         scale: of the logits.
-        dtype: name of q, k and v's dtype; matrix products take it, all else is float32.
+        dtype: name of the dtype of q, k and v, and of the operands of matrix products; the rest is float32.
     """
 
     rows: Axis
@@ -61,47 +64,59 @@ class Plan(NamedTuple):
     dtype: str
 
     @property
-    def chunks(self):
+    def chunks(self) -> int:
+        """Number of chunks."""
         return self.heads // self.chunk
 
     @property
-    def groups(self):
-        """Of one chunk."""
+    def groups(self) -> int:
+        """Number of groups in a chunk."""
         return self.chunk // self.group
 
     @property
-    def key_lanes(self):
+    def key_lanes(self) -> int:
+        """Channels of a chunk's queries or keys."""
         return self.chunk * self.channels
 
     @property
-    def block_queries(self):
+    def block_queries(self) -> int:
+        """Number of queries in a block, with padding."""
         return self.query_rows * self.query_cols
 
     @property
-    def stacked(self):
-        """M."""
+    def stacked(self) -> int:
+        """M, the number of stacked queries."""
         return self.group * self.block_queries
 
     @property
-    def window(self):
-        """K."""
+    def window(self) -> int:
+        """K, the number of keys in a window, with padding."""
         return self.rows.keys * self.key_cols
 
     @property
-    def band_rows(self):
+    def band_rows(self) -> int:
+        """Rows of a band: those of all blocks and of the halo."""
         return self.rows.blocks * self.rows.block + 2 * self.rows.halo
 
     @property
-    def code_rows(self):
-        """Rows of the transposed one-hot codes of a key's row and column, each padded to whole sublanes."""
+    def code_rows(self) -> tuple[int, int]:
+        """Rows of the transposed one-hot codes of a key's row and of its column, each padded to whole sublanes."""
         return -(-self.rows.keys // SUBLANES) * SUBLANES, self.key_cols
 
 
 def forward_kernel(plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, out_ref, lse_ref, k_band, v_band):
-    """Attends one column of blocks. Refs, without the axes that the grid runs over:
+    """Attends from one column of blocks. Shapes of refs are without the axes of the grid.
 
-    q `[I * query_rows, query_cols, key_lanes]`, k `[H, block, key_lanes]`, v and out likewise with `groups * value_lanes`,
-    tables `[2, offsets, key_lanes]`, shifts `[2, M]` (see `_shift`), lse `[I, groups, M]` float32: the log-sum-exp over `scale`.
+    Args:
+        plan: of the operator.
+        q_ref: `[I * query_rows, query_cols, key_lanes]`.
+        k_ref: `[H, block, key_lanes]`.
+        v_ref: `[H, block, groups * value_lanes]`.
+        tables_ref: `[2, offsets, key_lanes]`, of rows and columns.
+        shifts_ref: `[2, M]` int32, see `_shift`.
+        out_ref: result, `[I * query_rows, query_cols, groups * value_lanes]`.
+        lse_ref: result, `[I, groups, M]` float32: the log-sum-exp of the scaled logits, over `scale`.
+        k_band, v_band: scratch, see `scratch_shapes`.
     """
     step = pl.program_id(2)
     lookahead = int(plan.cols.halo > 0)
@@ -117,7 +132,7 @@ def forward_kernel(plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, out_ref, l
             stacked = _stack(plan, q, group * plan.group, plan.channels)
             logits = _logits(plan, k, stacked, tables_ref, shifts_ref, i, column)
             maximum = jnp.max(logits, axis=0, keepdims=True)
-            # The difference first: a scaled maximum would round, which matters where all keys are masked.
+            # Subtract before scaling: a scaled maximum would be rounded, which matters if all keys are masked.
             weights = jnp.exp(plan.scale * (logits - maximum))
             total = jnp.sum(weights, axis=0, keepdims=True)
             lse_ref[i, group : group + 1] = maximum + jnp.log(total) / plan.scale
@@ -138,12 +153,19 @@ def backward_kernel(
     plan, q_ref, k_ref, v_ref, tables_ref, shifts_ref, codes_ref, lse_ref, dout_ref,
     dq_ref, dk_ref, dv_ref, dtables_ref, k_band, v_band, dk_band, dv_band, *done,
 ):  # fmt: skip
-    """Gradients of one column of blocks; probabilities are recomputed.
+    """Computes the gradients of one column of blocks; it computes the softmax weights again.
 
-    As in `forward_kernel`, and codes `[sum(code_rows), K]`; gradients as what they are of, but dtables `[2, offsets,
-    key_lanes]` in float32, summed over the columns. dk and dv lag a column more, until all windows that see them are through.
-    `done` holds the columns of dk and dv that are complete but not written, `[H, block - halo, channels]`, where that is
-    anything.
+    Args:
+        plan: of the operator.
+        q_ref, k_ref, v_ref, tables_ref, shifts_ref, lse_ref: as of `forward_kernel`.
+        codes_ref: `[sum(code_rows), K]`, transposed one-hot codes of each key's row, then of its column.
+        dout_ref: gradient of the output, like it.
+        dq_ref: result, like q.
+        dk_ref, dv_ref: results, like k and v. They come a column later, when all windows that see them are done.
+        dtables_ref: result, `[2, offsets, key_lanes]` float32, summed over the columns.
+        k_band, v_band, dk_band, dv_band: scratch, see `scratch_shapes`.
+        *done: scratch for columns of dk and dv that are complete but not written yet, `[H, block - halo, channels]`;
+            none if it would be empty.
     """
     step = pl.program_id(2)
     lookahead = int(plan.cols.halo > 0)
@@ -173,7 +195,7 @@ def backward_kernel(
             weights = jnp.exp(plan.scale * (logits - lse_ref[i, group : group + 1]))  # [K, M]
             _add_window(plan, dv_band, i, _dot(weights.astype(dtype), dstacked, 1, 0), lanes)
             dweights = _dot(v, dstacked, 1, 1)
-            # What softmax takes off, from the weights rather than from the output: that need not be kept then.
+            # The subtracted sum comes from the weights, not from the output, which then need not be kept.
             dlogits = weights * (dweights - jnp.sum(weights * dweights, axis=0, keepdims=True))
             dlogits = (plan.scale * dlogits).astype(dtype)
 
@@ -200,7 +222,7 @@ def backward_kernel(
 
 
 def _enter(plan, band, ref, step):
-    """Completes the band of the column to be attended by the halo on its right, the left of what `ref` brings."""
+    """Completes the band: the halo on the right of its column is the left of the column in `ref`."""
     axis, rows = plan.cols, _map_rows(plan)
 
     @pl.when(step == 0)
@@ -222,7 +244,7 @@ def _leave(plan, band, ref, step):
 
 
 def _fresh(plan, ref, step):
-    """The column of blocks that a step brings, 0 right of the map. Read anew where needed: holding it would take room."""
+    """Returns the column of blocks of a step, zeros right of the map. Read again at each use, which saves memory."""
     return jnp.where(step < plan.cols.blocks, ref[...].astype(jnp.float32), 0)
 
 
@@ -233,7 +255,7 @@ def _leave_gradient(plan, band, ref, done):
         ref[...] = band[rows, : axis.block].astype(ref.dtype)
         band[...] = jnp.zeros(band.shape, band.dtype)
         return
-    # Written is the block left of the band's: the band's own left halo is its right end.
+    # The block left of the band's is written; the band's left halo is its right end.
     left = axis.block - axis.halo
     ref[:, left:] = band[rows, : axis.halo].astype(ref.dtype)
     if done is not None:
@@ -253,13 +275,13 @@ def _dot(a, b, a_axis, b_axis):
 
 
 def _queries(plan, ref, i):
-    """Block i's queries, or what lies as they do: `[query_rows * query_cols, channels]` float32."""
+    """Returns block i of queries, or of arrays like them: `[query_rows * query_cols, channels]` float32."""
     x = ref[pl.ds(i * plan.query_rows, plan.query_rows)].astype(jnp.float32)
     return x.reshape(plan.block_queries, x.shape[-1])
 
 
 def _window(plan, band, i, lanes=slice(None)):
-    """Block i's keys or values: `[K, lanes]`."""
+    """Returns the keys or values of block i: `[K, lanes]`."""
     x = band[pl.ds(i * plan.rows.block, plan.rows.keys), :, lanes]
     return x.reshape(plan.window, x.shape[-1]).astype(plan.dtype)
 
@@ -270,14 +292,14 @@ def _add_window(plan, band, i, x, lanes=slice(None)):
 
 
 def _stack(plan, x, first, width):
-    """`[queries, lanes] -> [M, lanes]`: once for each head of a group, with lanes of that head alone, `width` each."""
+    """`[queries, lanes] -> [M, lanes]`: a copy for each head of a group, with the `width` lanes of that head alone."""
     lane = lax.broadcasted_iota(jnp.int32, x.shape, 1)
     heads = [jnp.where((lane >= n * width) & (lane < (n + 1) * width), x, 0) for n in range(first, first + plan.group)]
     return jnp.concatenate(heads, axis=0).astype(plan.dtype)
 
 
 def _unstack(plan, x, first, width):
-    """`[M, lanes] -> [queries, lanes]`: of each head its own lanes; the transpose of `_stack`."""
+    """`[M, lanes] -> [queries, lanes]`: each head's own lanes. The transpose of `_stack`."""
     out = jnp.zeros((plan.block_queries, x.shape[1]), x.dtype)
     lane = lax.broadcasted_iota(jnp.int32, out.shape, 1)
     for n in range(plan.group):
@@ -287,7 +309,7 @@ def _unstack(plan, x, first, width):
 
 
 def _logits(plan, k, q, tables_ref, shifts_ref, i, j):
-    """`[K, M]`, before the scale."""
+    """Returns the logits before scaling, `[K, M]`."""
     row, col = (
         _position_logits(plan, q, tables_ref[n], shifts_ref[n : n + 1], axis, index, keys)
         for n, (axis, index, keys) in enumerate(((plan.rows, i, plan.code_rows[0]), (plan.cols, j, plan.code_rows[1])))
@@ -300,7 +322,7 @@ def _logits(plan, k, q, tables_ref, shifts_ref, i, j):
 
 
 def _position_logits(plan, q, table, shift, axis, index, keys):
-    """Relative logits of block `index` along an axis, `[keys, M]`, keys padded to whole sublanes, with masks."""
+    """Returns position logits of block `index` along an axis, masked: `[keys, M]`, keys padded to whole sublanes."""
     logits = _shift(plan, _dot(table, q, 1, 1), shift, axis.block)[:keys]
     key = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     seen = key < axis.keys
@@ -313,9 +335,9 @@ def _position_logits(plan, q, table, shift, axis, index, keys):
 
 
 def _shift(plan, x, shift, block):
-    """Moves each column of `[offsets, M]` up by its `shift`, block - 1 less the query's pixel, bit by bit.
+    """Moves each column of `[offsets, M]` up by its `shift`, which is block - 1 minus the query's pixel, bit by bit.
 
-    The tables begin with the offset of a block's last query to its window's first key; row r of the result is of key r.
+    Tables begin with the offset from a block's last query to its window's first key. Row r of the result is for key r.
     """
     for bit in _bits(block):
         x = jnp.where(shift & bit != 0, pltpu.roll(x, plan.offsets - bit, 0), x)
@@ -336,7 +358,12 @@ def _bits(block):
 
 
 def scratch_shapes(plan: Plan, backward: bool) -> list[jax.ShapeDtypeStruct]:
-    """Of the kernels' bands, in their order."""
+    """Returns the shapes of a kernel's scratch memory, in the order of its arguments.
+
+    Args:
+        plan: of the operator.
+        backward: whether it is the backward kernel.
+    """
     lanes = plan.key_lanes, plan.groups * plan.value_lanes
     bands = [pltpu.VMEM((plan.band_rows, plan.key_cols, n), jnp.float32) for n in lanes]
     if not backward:

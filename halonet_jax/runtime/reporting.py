@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 
 import jax
@@ -13,6 +14,8 @@ from etils import epath
 
 from halonet_jax import STARTED
 from halonet_jax.errors import NonFiniteLoss, StorageError
+from halonet_jax.runtime import storage
+from halonet_jax.runtime.workdir import locate
 
 
 class StepMetrics:
@@ -20,6 +23,9 @@ class StepMetrics:
 
     They stay on the device until a report or a checkpoint asks for them, so that steps are dispatched ahead. They are part of
     a checkpoint: a resumed run's next report then covers the very steps that it would have covered.
+
+    Args:
+        collected: what a checkpoint holds of them.
     """
 
     IN_FLIGHT = 2  # steps dispatched ahead; more would only hold memory
@@ -29,16 +35,21 @@ class StepMetrics:
         self._device = []
 
     def append(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Adds the metrics of `step`; blocks until the step `IN_FLIGHT` before it is done."""
+        """Adds the metrics of a step. Blocks until the step `IN_FLIGHT` before it is done.
+
+        Args:
+            step: its number.
+            metrics: scalars by name, "loss" and "grad_norm" among them.
+        """
         self._device.append((step, metrics))
         if len(self._device) > self.IN_FLIGHT:
             jax.block_until_ready(self._device[-1 - self.IN_FLIGHT])
 
     def collected(self) -> list[dict[str, float]]:
-        """The metrics of each step, as Python floats.
+        """Returns the metrics of each step as Python floats. The list is the caller's.
 
         Raises:
-            NonFiniteLoss: naming the first step whose loss or gradient norm is not finite.
+            NonFiniteLoss: the loss or gradient norm of a step is not finite; it names the first one.
         """
         for step, metrics in jax.device_get(self._device):
             metrics = {key: float(value) for key, value in metrics.items()}
@@ -46,10 +57,14 @@ class StepMetrics:
                 raise NonFiniteLoss(step, f"loss is {metrics['loss']}, gradient norm {metrics['grad_norm']}")
             self._host.append(metrics)
         self._device.clear()
-        return self._host
+        return [dict(metrics) for metrics in self._host]
 
     def pop_means(self) -> dict[str, float]:
-        """Means over the steps since the last call, as "train/…"."""
+        """Returns the means over the steps since the last call, as "train/…".
+
+        Raises:
+            NonFiniteLoss: as `collected`.
+        """
         collected, self._host = self.collected(), []
         return {f"train/{key}": math.fsum(m[key] for m in collected) / len(collected) for key in collected[0]}
 
@@ -58,30 +73,50 @@ class StartUpClock:
     """What the time from the start of the process to the first step goes into."""
 
     def __init__(self):
-        self._laps, self._since = {}, STARTED
+        self._laps, self._since, self._finished = {}, STARTED, False
         self.lap("imports and devices")
 
     def lap(self, name: str) -> None:
-        """Ends a part."""
+        """Ends a part.
+
+        Args:
+            name: of the part.
+        """
         now = time.monotonic()
         self._laps[name], self._since = now - self._since, now
 
     def finish(self, name: str) -> None:
-        """Ends the last part and prints all; once only."""
-        if self._laps:
+        """Ends the last part and prints all of them. A later call, as after a roll-back, does nothing.
+
+        Args:
+            name: of the last part.
+        """
+        if not self._finished:
             self.lap(name)
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in self._laps.items())
             if jax.process_index() == 0:
                 print(f"first step done after {self._since - STARTED:.1f} s: {parts}", flush=True)
-        self._laps = {}
+        self._finished = True
 
 
 class Reporter:
-    """Writes reports under `workdir`. On hosts other than the first, everything is a no-op.
+    """Writes reports to a workdir and to the terminal.
 
     `metrics.jsonl` holds one JSON object a report, with "step" first. Reports of steps after `start_step`, left by a run that
     died later than its last checkpoint, are dropped: their steps are run again. Where that leaves none, because there is no
     checkpoint, the old file stays as `metrics.jsonl.bak`.
+
+    Args:
+        workdir: folder of the run.
+        start_step: from which the run starts.
+        last_step: at which it will end.
+        batch_size: global, for rates.
+        enabled: False on all processes but one: nothing is written or printed.
+        tensorboard: whether to write TensorBoard's files too.
+        primary_metric: of the task, which the terminal shows.
+
+    Raises:
+        StorageError: the reports cannot be written.
     """
 
     def __init__(
@@ -93,8 +128,9 @@ class Reporter:
         batch_size: int,
         enabled: bool = True,
         tensorboard: bool = False,
+        primary_metric: str = "top1",
     ):
-        self._enabled = enabled
+        self._enabled, self._metric = enabled, primary_metric
         self._last_step, self._batch_size = last_step, batch_size
         self._path = epath.Path(workdir) / "metrics.jsonl"
         self._tensorboard = None
@@ -105,7 +141,14 @@ class Reporter:
         self.start_clock(start_step)
 
     def rewind(self, step: int) -> None:
-        """Drops the reports of steps after `step`: they are run again."""
+        """Drops reports of steps that will run again.
+
+        Args:
+            step: the last one whose reports stay.
+
+        Raises:
+            StorageError: the file cannot be written.
+        """
         if not self._enabled:
             return
         with self._writing():
@@ -118,18 +161,31 @@ class Reporter:
             temporary.replace(self._path)
 
     def start_clock(self, step: int) -> None:
-        """Leaves out what came before `step` (compiling) from rates and ETA."""
+        """Leaves out of rates and ETA what came before, such as compiling.
+
+        Args:
+            step: the one just done.
+        """
         self._begin = self._clock = (step, time.monotonic())
 
     def restart_clock(self, step: int) -> None:
-        """Leaves out what came before (evaluation, saving) from the next rate; the ETA keeps it in."""
+        """Leaves out of the next rate what came before, such as an evaluation. The ETA keeps it in.
+
+        Args:
+            step: the one just done.
+        """
         self._clock = (step, time.monotonic())
 
     def train(self, step: int, values: dict[str, float], seconds_waited: float) -> None:
         """Reports training metrics with the rate since the last report, and prints the progress line.
 
         Args:
+            step: the one just done.
+            values: scalars by name, "train/loss" among them.
             seconds_waited: for input since the last report or restart of the clock.
+
+        Raises:
+            StorageError: the report cannot be written.
         """
         since_step, since = self._clock
         seconds = time.monotonic() - since
@@ -150,7 +206,11 @@ class Reporter:
         self.restart_clock(step)
 
     def estimate(self, step: int) -> None:
-        """Prints when the run will end, by the steps since the clock was started."""
+        """Prints when the run will end, by the steps since the clock was started.
+
+        Args:
+            step: the one just done.
+        """
         if self._enabled and step > self._begin[0]:
             left = self._seconds_left(step)
             end = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left))
@@ -162,16 +222,31 @@ class Reporter:
         return (self._last_step - step) * (time.monotonic() - begin) / (step - begin_step)
 
     def evaluation(self, step: int, results: dict[str, float]) -> None:
-        """Reports an evaluation and prints its accuracies."""
+        """Reports an evaluation and prints its primary metric.
+
+        Args:
+            step: of the weights.
+            results: scalars such as "eval/top1" and "eval_ema/top1", with "eval/count".
+
+        Raises:
+            StorageError: the report cannot be written.
+        """
         self.write(step, results)
         if self._enabled:
-            scores = [
-                f"{name} top-1 {results[f'{name}/top1']:.4f}" for name in ("eval", "eval_ema") if f"{name}/top1" in results
-            ]
-            print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} images)", flush=True)
+            keys = [key for key in (f"eval/{self._metric}", f"eval_ema/{self._metric}") if key in results]
+            scores = [f"{key} {results[key]:.4f}" for key in keys]
+            print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} examples)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one report."""
+        """Appends one report.
+
+        Args:
+            step: that it is about.
+            values: scalars by name. One that is not finite is written as null.
+
+        Raises:
+            StorageError: the report cannot be written.
+        """
         if not self._enabled:
             return
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
@@ -206,32 +281,55 @@ class Reporter:
             yield
         except OSError as error:
             raise StorageError(
-                f"{self._path} cannot be written ({error}); the last checkpoint stands: make room, then the same command resumes"
+                f"{self._path} cannot be written ({storage.reason(error)}); the last checkpoint is safe: {storage.remedy(error)}, "
+                "then the same command resumes"
             ) from None
 
 
-def read_metrics(workdir: str | epath.Path) -> list[dict]:
-    """The reports in `workdir/metrics.jsonl`, in order; a line torn by a crash, or no report at all, is left out."""
-    path, reports = epath.Path(workdir) / "metrics.jsonl", []
-    for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
-        try:
-            report = json.loads(line)
-        except json.JSONDecodeError:
-            report = None
-        if isinstance(report, dict) and "step" in report:
-            reports.append(report)
-        else:
-            logging.warning("%s has a torn line, left out: %.60r", path, line)
+def read_metrics(workdir: str | epath.Path) -> list[dict[str, float | None]]:
+    """Returns the reports in `workdir/metrics.jsonl`, in order. A line that is no report, as a crash leaves one, is left out.
+
+    Args:
+        workdir: folder of a run.
+    """
+    path, reports = locate(str(workdir)) / "metrics.jsonl", []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        if line.strip():
+            report = _parse(line)
+            if report is None:
+                logging.warning("%s has a torn line, left out: %.60r", path, line.decode(errors="replace"))
+            else:
+                reports.append(report)
     return reports
 
 
-def last_evaluation(workdir: str | epath.Path) -> dict:
-    """The newest report that holds an evaluation; empty where there is none."""
-    return next((report for report in reversed(read_metrics(workdir)) if "eval/top1" in report), {})
+def _parse(line):
+    """The report of a line, "step" and scalars; None where it is something else."""
+    try:
+        report = json.loads(line.decode())
+    except (ValueError, RecursionError):  # ValueError: no JSON, no UTF-8, a number of thousands of digits
+        return None
+    if not isinstance(report, dict) or type(report.get("step")) is not int:
+        return None
+    finite = lambda value: type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return report if all(value is None or finite(value) for value in report.values()) else None
+
+
+def last_evaluation(workdir: str | epath.Path) -> dict[str, float | None]:
+    """Returns the newest report that holds an evaluation; empty where there is none.
+
+    Args:
+        workdir: folder of a run.
+    """
+    return next((report for report in reversed(read_metrics(workdir)) if any(key.startswith("eval/") for key in report)), {})
 
 
 def format_seconds(seconds: float) -> str:
-    """12:07, or 3:12:07 from an hour on."""
+    """Returns a time as 12:07, or 3:12:07 from an hour on.
+
+    Args:
+        seconds: the time.
+    """
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -69,7 +69,9 @@ class LiteralPath(gpath.PosixGPath):
         """
         found = [self]
         for part in pattern.split("/"):
-            found = [child for path in found if path.is_dir() for child in path.iterdir() if fnmatch.fnmatchcase(child.name, part)]
+            found = [
+                child for path in found if path.is_dir() for child in path.iterdir() if fnmatch.fnmatchcase(child.name, part)
+            ]
         return iter(found)
 
 

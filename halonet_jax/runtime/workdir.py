@@ -11,23 +11,50 @@ import jax
 import ml_collections
 from absl import logging
 from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
 
 from halonet_jax import __version__
 from halonet_jax import config as config_lib
 from halonet_jax.errors import ConfigError, StorageError
-from halonet_jax.runtime import distributed
+from halonet_jax.runtime import distributed, storage
+
+_compile_cache = None  # the folder that `use_compile_cache` chose
 
 
 def locate(workdir: str) -> epath.Path:
-    """The path as Orbax wants it: absolute where it is local."""
-    return epath.Path(workdir if "://" in workdir else Path(workdir).resolve())
+    """Returns the path of a workdir: absolute where it is local, with `~` and `~user` expanded.
+
+    Args:
+        workdir: local or `gs://`, as a user gives it.
+
+    Raises:
+        ConfigError: it is empty, its `~user` has no home folder, or it holds a character that TensorStore cannot write below.
+    """
+    if not workdir:
+        raise ConfigError("workdir is empty; give --workdir=FOLDER")
+    try:
+        path = epath.Path(workdir if "://" in workdir else Path(workdir).expanduser().resolve())
+        str(path).encode()
+    except (RuntimeError, ValueError) as error:  # of expanduser; links in a circle; no UTF-8
+        raise ConfigError(f"workdir {workdir!r} leads nowhere ({storage.reason(error)}); give another --workdir") from None
+    if "\\" in str(path):
+        raise ConfigError(f"workdir {path} has a backslash, below which no checkpoint can be written; give another --workdir")
+    return path
 
 
 def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
-    """Makes the folder where it is missing; names what in the config differs from the run that it holds.
+    """Creates the folder where it is missing, and warns of differences between the config and that of its last run.
+
+    Args:
+        config: of the run that starts.
+        workdir: local or `gs://`, as a user gives it.
+
+    Returns:
+        The path, see `locate`.
 
     Raises:
-        ConfigError: where it cannot be written, or is not one and the same folder for all hosts.
+        ConfigError: the folder cannot be written, or is not the same one on all hosts.
+        DistributedError: another process raised such an error.
     """
     workdir = locate(workdir)
     probe = workdir / ".writable"
@@ -37,7 +64,9 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
             if jax.process_index() == 0:
                 probe.write_text("")
         except OSError as error:
-            raise ConfigError(f"workdir {workdir} cannot be written ({error}); give another --workdir") from None
+            raise ConfigError(
+                f"workdir {workdir} cannot be written ({storage.reason(error)}); {storage.remedy(error)}, or give another --workdir"
+            ) from None
     try:
         with distributed.together("opening the workdir"):
             if not probe.exists():
@@ -47,26 +76,48 @@ def open_workdir(config: ml_collections.ConfigDict, workdir: str) -> epath.Path:
                 )
     finally:
         if jax.process_index() == 0:
-            probe.unlink()
-    if (workdir / "config.json").exists():
-        try:
-            last = config_lib.from_json((workdir / "config.json").read_text())
-        except ConfigError as error:
-            logging.warning("The config cannot be compared with this workdir's last run: %s", error)
-        else:
-            for line in config_lib.differences(last, config):
-                logging.warning("The config differs from this workdir's last run: %s", line)
+            probe.unlink(missing_ok=True)
+    _warn_of_differences(config, workdir / "config.json")
     return workdir
 
 
+def _warn_of_differences(config, path):
+    try:
+        last = config_lib.from_json(path.read_bytes())
+    except FileNotFoundError:
+        return
+    except (ConfigError, OSError) as error:
+        logging.warning("The config cannot be compared with this workdir's last run: %s", storage.reason(error))
+    else:
+        for line in config_lib.differences(last, config):
+            logging.warning("The config differs from this workdir's last run: %s", line)
+
+
 def use_compile_cache(workdir: epath.Path) -> None:
-    """Keeps compiled programs in the workdir, so that a restart need not compile again; JAX_COMPILATION_CACHE_DIR goes first."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(workdir / "compile_cache"))
+    """Keeps compiled programs in the workdir, so that a restart need not compile again.
+
+    A folder that the user gave to JAX, as by JAX_COMPILATION_CACHE_DIR, goes first.
+
+    Args:
+        workdir: of the run that starts. A later call for another workdir moves the cache there.
+    """
+    global _compile_cache
+    if jax.config.jax_compilation_cache_dir in (None, "", _compile_cache):
+        _compile_cache = str(workdir / "compile_cache")
+        jax.config.update("jax_compilation_cache_dir", _compile_cache)
+        compilation_cache.reset_cache()  # else JAX goes on with the folder that it used first
 
 
 def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes the resolved config, and what it ran with; raises StorageError where it cannot."""
+    """Writes the config, and the versions and devices that it runs with.
+
+    Args:
+        config: of the run.
+        workdir: its folder.
+
+    Raises:
+        StorageError: a file cannot be written.
+    """
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
     about = {
         "python": platform.python_version(),
@@ -82,7 +133,8 @@ def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             temporary.replace(workdir / name)
         except OSError as error:
             raise StorageError(
-                f"{workdir / name} cannot be written ({error}); make room, then give the command again"
+                f"{workdir / name} cannot be written ({storage.reason(error)}); {storage.remedy(error)}, then "
+                "give the command again"
             ) from None
 
 

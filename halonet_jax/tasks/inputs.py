@@ -1,5 +1,6 @@
 """The input of a run: the opened splits, and the part of every batch that this process loads."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,12 +18,20 @@ class Inputs:
         task: provides the transforms.
         train_source: the training split. None is enough for evaluation.
         eval_source: the evaluation split.
+        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
     """
 
-    def __init__(self, config: ml_collections.ConfigDict, task: Task, train_source: Any, eval_source: Any):
+    def __init__(
+        self,
+        config: ml_collections.ConfigDict,
+        task: Task,
+        train_source: Any,
+        eval_source: Any,
+        flag: Callable[[str], str] = "--config.{}".format,
+    ):
         self._config, self._task = config, task
         self._train_source, self._eval_source = train_source, eval_source
-        self._share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self._share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "flag": flag}
 
     @property
     def num_examples(self) -> int:

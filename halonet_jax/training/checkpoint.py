@@ -310,7 +310,8 @@ class Checkpointer:
                     name = next(name for n in itertools.count() if (name := f"{step}.{n}" if n else str(step)) not in taken)
                     self._path(step).rename(aside / name)
                 except OSError as error:
-                    advice = "move that file away" if aside.exists() and not aside.is_dir() else storage.remedy(error)
+                    in_the_way = os.path.lexists(aside) and not aside.is_dir()
+                    advice = "move that file or link away" if in_the_way else storage.remedy(error)
                     raise CheckpointError(
                         f"checkpoint {step} is damaged ({damage}) and cannot be set aside in {aside} ({error}); {advice}, then "
                         "the same command goes back to the checkpoint before"

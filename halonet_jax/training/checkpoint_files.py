@@ -161,9 +161,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
         ValueError: the file is torn, or is not what was saved.
         OSError: it cannot be read.
     """
-    content = _read_json(path / RECORD / "metadata")
-    if not isinstance(content, dict):
-        raise ValueError("its record is no JSON object")
+    content = _read_object(path / RECORD / "metadata")
     if set(content) == {"record", "arrays", "checksum"}:
         if content.pop("checksum") != _checksum(content):
             raise ValueError("checksum of its record is wrong")
@@ -198,12 +196,12 @@ def read_score(path: epath.Path) -> float | None:
     """
     try:
         if (path / "score.json").exists():
-            content = _read_json(path / "score.json")
-            if content.pop("checksum") != _checksum(content) or content["step"] != int(path.name):
+            content = _read_object(path / "score.json")
+            if content.pop("checksum", None) != _checksum(content) or content["step"] != int(path.name):
                 raise ValueError("its checksum is wrong")
             score = content["score"]
         elif (path / "metrics" / "metrics").exists():
-            score = _read_json(path / "metrics" / "metrics").get("top1")
+            score = _read_object(path / "metrics" / "metrics").get("top1")
         else:
             score = None
         if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
@@ -216,11 +214,14 @@ def read_score(path: epath.Path) -> float | None:
     return None if score is None else float(score)
 
 
-def _read_json(path):
+def _read_object(path):
     try:
-        return json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return content
 
 
 def _checksum(content):

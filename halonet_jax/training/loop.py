@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 
 from halonet_jax.errors import DataError, NonFiniteLoss, Stopped
-from halonet_jax.runtime import distributed, profiling, reporting, stopping
+from halonet_jax.runtime import distributed, lease, profiling, reporting, stopping
 from halonet_jax.training import evaluation, sharding
 from halonet_jax.training.checkpoint import Checkpointer
 from halonet_jax.training.programs import Programs
@@ -34,6 +34,7 @@ class Run:
         config: the whole config.
         task: the config's.
         workdir: the run's folder.
+        lease: held on the workdir; checked before anything is written there.
         programs: the compiled steps.
         inputs: makes loaders; a `halonet_jax.tasks.inputs.Inputs`.
         steps_per_epoch: of the training split; a fraction where a batch does not divide it.
@@ -49,6 +50,7 @@ class Run:
     config: ml_collections.ConfigDict
     task: Task
     workdir: epath.Path
+    lease: lease.Lease
     programs: Programs
     inputs: Any
     steps_per_epoch: float
@@ -114,6 +116,7 @@ def _run_steps(run, state, progress):
 
     def save():
         run.watchdog.doing(f"saving step {at_step}")
+        run.lease.check()
         now = dataclasses.replace(progress, step_metrics=step_metrics.collected(), num_corrupt=num_corrupt())
         run.checkpointer.save(state, now.to_record())
 
@@ -157,6 +160,7 @@ def _run_steps(run, state, progress):
                     run.reporter.estimate(at_step)
                 stop = run.stop.requested()
                 if at_step % config.log_every_steps == 0 or at_step == last_step:
+                    run.lease.check()
                     values = step_metrics.pop_means() | {
                         "data/corrupt": num_corrupt(),
                         "learning_rate": float(run.programs.schedule(at_step - 1)),

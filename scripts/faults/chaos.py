@@ -249,9 +249,9 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-2, help="largest relative difference of losses with --move")
     parser.add_argument("--program", default="-m halonet_jax.train", help="arguments of Python that start the training")
     flags, training = parser.parse_known_args()
-    if flags.workdir.exists():
+    if flags.workdir.expanduser().exists():
         parser.error(f"{flags.workdir} exists; give another --workdir")
-    workdir, layout = flags.workdir.resolve(), (flags.processes, flags.devices)
+    workdir, layout = flags.workdir.expanduser().resolve(), (flags.processes, flags.devices)
     workdir.mkdir(parents=True)
     command = [sys.executable, *shlex.split(flags.program), *RECIPE, *training]
     rng, kills, starts, compared, begin = random.Random(flags.seed), [], 0, [], time.monotonic()

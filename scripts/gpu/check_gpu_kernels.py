@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
-from halonet_jax.models import variants
+from halonet_jax.costs import floors
 from halonet_jax.ops import halo_attention
 
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # by compute capability (CUDA C++ guide)
 _MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "Models, of the recipes in configs/.")
-flags.register_validator("models", lambda names: set(names) <= {f"h{n}" for n in range(8)}, "known: h0 to h7")
+flags.register_validator("models", lambda names: set(names) <= set(floors.IMAGE_SIZES), "known: h0 to h7")
 _DTYPES = flags.DEFINE_list("dtypes", ["bfloat16", "float32"], "Dtypes of the computation.")
 _COMPILE = flags.DEFINE_list("compile", [], "Compute capabilities to compile for: 80 (A100), 89 (L4, RTX 40), 90 (H100).")
 _BATCH = flags.DEFINE_integer("batch", 8, "Images.")
@@ -59,18 +59,13 @@ def layers(models) -> dict[str, dict]:
     """
     found = {}
     for model in models:
-        variant, size = variants.resolve(model), -(-_image_size(model) // 4)
-        for stage, heads in enumerate(variant["num_heads"]):
-            width = variant["base_width"] * 2**stage
+        for n in floors.attention_layers(model):
             shape = dict(
-                heads=heads, channels=width // heads, values=int(width * variant["value_ratio"]) // heads,
-                block_size=variant["block_size"], halo_size=variant["halo_size"],
+                size=n.height, stride=n.stride, heads=n.num_heads, channels=n.channels // n.num_heads,
+                values=n.value_channels // n.num_heads, block_size=n.block_size, halo_size=n.halo_size,
             )  # fmt: skip
-            for stride in (1,) if stage == 0 else (2, 1):
-                layer = dict(shape, size=size, stride=stride)
-                if variant["stage_kinds"][stage] == "attention" and layer not in found.values():
-                    found[f"{model} stage {stage + 1} stride {stride}"] = layer
-                size = -(-size // stride)
+            if shape not in found.values():
+                found[f"{model} stage {n.stage} stride {n.stride}"] = shape
     return found
 
 
@@ -149,14 +144,6 @@ def _as_text(module):
         dialect.register_dialect(context)
         context.load_all_available_dialects()
         return ir.Module.parse(module).operation.get_asm()
-
-
-def _image_size(model):
-    path = Path(__file__).parents[2] / "configs" / f"{model}.py"
-    spec = importlib.util.spec_from_file_location(model, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().data.image_size
 
 
 if __name__ == "__main__":

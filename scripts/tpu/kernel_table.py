@@ -35,37 +35,30 @@ import numpy as np  # noqa: E402
 from absl import app, flags  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from halonet_jax.costs import chips, hlo, hlo_cost  # noqa: E402
-from halonet_jax.models import variants  # noqa: E402
+from halonet_jax.costs import chips, floors, hlo, hlo_cost  # noqa: E402
 from halonet_jax.ops import einsum, halo_attention, tpu  # noqa: E402
 
 _CHIPS = flags.DEFINE_list("chips", ["v4", "v5e", "v5p", "v6e"], "Chips to compile for.")
 _MODELS = flags.DEFINE_list("models", ["h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7"], "Models.")
-flags.register_validator("models", lambda names: set(names) <= set(IMAGE_SIZES), "known: h0 to h7")
+flags.register_validator("models", lambda names: set(names) <= set(floors.IMAGE_SIZES), "known: h0 to h7")
 flags.register_validator("chips", lambda names: set(names) <= set(SLICES), "known: v3, v4, v5e, v5p, v6e")
 _BATCH = flags.DEFINE_integer("batch", 2, "Images on the chip.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ("bfloat16", "float32"), "Dtype of q, k and v.")
 _TRAFFIC = flags.DEFINE_bool("traffic", False, "Also count bytes of main memory.")
 
 SLICES = {"v3": "2x2", "v4": "2x2x1", "v5e": "2x2", "v5p": "2x2x1", "v6e": "2x2"}
-# Training resolutions (paper, table 3).
-IMAGE_SIZES = {"h0": 256, "h1": 256, "h2": 256, "h3": 320, "h4": 384, "h5": 448, "h6": 512, "h7": 600}
 
 
 def _layers(model: str) -> list[tuple[str, dict]]:
-    """Returns the different attention layers of a model: name, and arguments of `_report`."""
-    variant, size, found = variants.VARIANTS[model], IMAGE_SIZES[model] // 4, []
-    for stage, heads in enumerate(variant["num_heads"]):
-        width = variant["base_width"] * 2**stage
+    """Returns the attention layers of a model, each shape of a stage once: name, and arguments of `_report`."""
+    found = {}
+    for n in floors.attention_layers(model):
         shape = dict(
-            heads=heads, channels=width // heads, values=round(width * variant["value_ratio"]) // heads,
-            block_size=variant["block_size"], halo_size=variant["halo_size"],
+            size=n.height, stride=n.stride, heads=n.num_heads, channels=n.channels // n.num_heads,
+            values=n.value_channels // n.num_heads, block_size=n.block_size, halo_size=n.halo_size,
         )  # fmt: skip
-        if stage:
-            found.append((f"{model} stage {stage + 1}, first", dict(shape, size=size, stride=2)))
-            size = -(-size // 2)
-        found.append((f"{model} stage {stage + 1}", dict(shape, size=size, stride=1)))
-    return found
+        found[f"{model} stage {n.stage}{', first' if n.stride > 1 else ''}"] = shape
+    return list(found.items())
 
 
 def _main(_) -> int:

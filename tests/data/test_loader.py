@@ -1,5 +1,6 @@
 """The loader's law: a batch is a function of its step alone; every example counts; faults are named."""
 
+import multiprocessing
 import os
 import pathlib
 import subprocess
@@ -302,6 +303,105 @@ def test_close_ends_the_threads(data_config, digits):
     assert not set(threading.enumerate()) - before
     with pytest.raises(StopIteration):
         next(loader)
+
+
+class Slow(Numbered):
+    """Every read after the first eight takes a minute."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads > 8:
+            time.sleep(60)
+        return super().__getitem__(index)
+
+
+def test_close_ends_workers_that_are_blocked(plain):
+    loader = train_batches(Slow(64), plain(num_workers=2), batch_size=4, seed=0)
+    next(loader)
+    workers = multiprocessing.active_children()
+    waiting = threading.Thread(target=lambda: list(loader), daemon=True)
+    waiting.start()
+    loader.close()
+    waiting.join(5)
+    assert len(workers) == 2 and not any(worker.is_alive() for worker in workers) and not waiting.is_alive()
+    assert "halonet_jax loader" not in {thread.name for thread in threading.enumerate()}
+
+
+@pytest.mark.parametrize("size", [0, 10**6], ids=["little to read", "more than a pipe holds"])
+@pytest.mark.parametrize("when", ["starting", "working"])
+def test_a_killed_worker_ends_the_run(plain, size, when):
+    source = Numbered(64)
+    source.ballast = bytes(size)
+    loader = train_batches(source, plain(num_workers=1), batch_size=4, seed=0)
+
+    def kill():
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.001)
+        workers[0].kill()
+
+    if when == "working":
+        next(loader)
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(data.DataError, match="worker process died.*--config.data.num_workers"):
+        for _ in range(1000):
+            next(loader)
+    killer.join()
+    loader.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_leaves_without_an_error_ends_the_run(plain):
+    class Leaves(Numbered):
+        def __getitem__(self, index):
+            os._exit(0)
+
+    loader = eval_batches(Leaves(8), plain(num_workers=1), batch_size=4, flag=lambda key: "")
+    with pytest.raises(data.DataError, match="worker process died.*free memory") as e:
+        next(loader)
+    assert "data.num_workers" not in str(e.value)
+
+
+WITHOUT_JAX = """
+import sys
+import jax
+import numpy as np
+import ml_collections
+from halonet_jax import data
+
+class Modules:
+    class_names = ("absent", "imported")
+    __len__ = lambda self: 4
+    name = lambda self, index: "modules"
+    __getitem__ = lambda self, index: {"image": np.zeros((8, 8, 3), np.uint8), "label": int("jax" in sys.modules)}
+
+if __name__ == "__main__":
+    config = ml_collections.ConfigDict(CONFIG)
+    transform = data.ClassificationTransform(config, num_classes=2, training=False)
+    for config.num_workers in (0, 1):
+        print([batch["label"].tolist() for batch in data.eval_batches(Modules(), transform, config, batch_size=4)])
+"""
+
+
+def test_workers_do_not_import_jax(data_config, tmp_path):
+    """Even where the program does: it would cost each worker seconds and memory."""
+    script = tmp_path / "script.py"
+    script.write_text(WITHOUT_JAX.replace("CONFIG", repr(data_config().to_dict())))
+    env = os.environ | {"PYTHONPATH": str(pathlib.Path(data.__file__).parents[2])}
+    result = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[[1, 1, 1, 1]]\n[[0, 0, 0, 0]]\n", result.stderr
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), KeyError("x"), RuntimeError("terminated unexpectedly"), SystemExit(1)], ids=repr
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whatever_a_source_raises_is_a_corrupt_image(plain, warnings, error, workers):
+    with eval_batches(Numbered(4, broken={2: error}), plain(num_workers=workers), batch_size=4) as loader:
+        assert next(loader)["mask"].tolist() == [True, True, False, True] and loader.num_corrupt == 1
+    assert type(error).__name__ in warnings[0] and "numbered[2]" in warnings[0]
 
 
 OPEN_AT_EXIT = """

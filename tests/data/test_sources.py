@@ -112,10 +112,131 @@ def test_folder_mistakes(data_config, image_folder):
     (root / "train" / "cow").mkdir()
     assert "cow" in (message := _error(config, "train")) and "remove the folder" in message
     (root / "empty").mkdir()
-    assert "holds no image" in _error(config, "empty")
+    assert "no class folders" in _error(config, "empty")
+    (root / "empty" / "ant").mkdir()
+    assert "holds an image" in _error(config, "empty")
+    (root / "empty" / "ant").rmdir()
     config.train_split = "empty"
     assert "no class folders" in _error(config, "empty")
-    assert "nor any other" in _error(data_config(source="folder", dir=str(root / "empty")), "train")
+
+
+def _layouts(make):
+    """Roots with a mistake, the split asked for, and what the remedy must say."""
+    root = make({"train": ("ant", "bee"), "val": ("ant", "bee")})
+    nested = root.parent / "nested" / "cat"
+    shutil.copytree(root / "train" / "ant", nested / "siamese")
+    shutil.copytree(root / "train" / "bee", root.parent / "nested" / "dog" / "poodle")
+    (root.parent / "empty").mkdir()
+    return [
+        (root / "train", "train", f"set FLAG.dir={root}"),
+        (root / "train" / "ant", "train", f"set FLAG.dir={root}"),
+        (root.parent, "train", f"set FLAG.dir={root}"),
+        (root, "Train", "set FLAG.train_split=train"),
+        (root, "train[:90%]", "set FLAG.train_split=train"),
+        (root.parent / "nested", "train", f"move them to {root.parent}/nested/train/"),
+        (root.parent / "empty", "train", f"{root.parent}/empty/train/<class>/<image>: put images there"),
+    ]
+
+
+@pytest.mark.parametrize("case", range(7))
+def test_folder_remedy_works_when_followed(data_config, image_folder, case):
+    root, split, remedy = _layouts(image_folder)[case]
+    config = data_config(source="folder", dir=str(root), train_split=split)
+    with pytest.raises(data.DataError) as e:
+        data.open_source(config, split, flag=lambda key: key.replace("data.", "FLAG."))
+    message = str(e.value)
+    assert remedy in message and "--config" not in message
+    if "FLAG.dir=" in remedy:
+        config.dir = remedy.split("=")[1]
+    elif "train_split=" in remedy:
+        config.train_split = remedy.split("=")[1]
+    else:
+        move = shutil.move if "move" in remedy else shutil.copytree
+        sources = list(root.iterdir()) or [image_folder({"other": ("ant",)}) / "other" / "ant"]
+        (root / split).mkdir()
+        for folder in sources:
+            move(folder, root / split / folder.name)
+    assert len(data.open_source(config, config.train_split)) >= 3
+
+
+@pytest.mark.parametrize("images", ["in the root", "in the split"])
+def test_folder_images_without_class_folders(data_config, image_folder, images):
+    root = image_folder({"train": ("ant",)}) / "train"
+    if images == "in the split":
+        root = root.rename(root.parent / "elsewhere")
+        (root / "ant").rename(root / "train")
+    else:
+        root = (root / "ant").rename(root.parent.parent / "alone")
+    assert f"{root}/train/<class>/" in _error(data_config(source="folder", dir=str(root)), "train")
+
+
+def test_folder_with_an_eval_split_alone(data_config, image_folder):
+    """An evaluation brings the classes; labels are theirs, in their order."""
+    root = image_folder({"val": ("bee", "ant")})
+    config = data_config(source="folder", dir=str(root))
+    source = data.open_source(config, "val", class_names=("cow", "bee", "ant"))
+    assert source.class_names == ("cow", "bee", "ant")
+    assert [source[i]["label"] for i in range(6)] == [1, 1, 1, 2, 2, 2]
+    assert "train" in _error(config, "val")
+    for class_names in (("ant", "cow"), ("bee",)):
+        with pytest.raises(data.DataError, match=r"classes .* has .*; set --data_dir to data of the same classes"):
+            data.open_source(config, "val", class_names=class_names, flag={"data.dir": "--data_dir"}.get)
+    shutil.copytree(root / "val", root / "train")
+    with pytest.raises(data.DataError, match="lacks cow"):
+        data.open_source(config, "val", class_names=("cow", "bee", "ant"))
+
+
+@pytest.mark.parametrize(
+    "link, target, extra",
+    [
+        ("train/ant/again", ".", 0),
+        ("train/ant/up", "../..", 0),
+        ("train/loop", ".", 0),
+        ("train/up", "../..", 0),
+        ("train/ant/other", "../bee", 0),
+        ("train/ant/copy.jpg", "0.jpg", 0),
+        ("train/ant/copy.jpg", "../bee/0.jpg", 0),
+        ("train/ant/self", "self", 0),
+        ("train/self", "self", 0),
+        ("train/ant/elsewhere", "../../pool", 3),
+        ("train/cow", "../pool", 3),
+        ("train/ant/one.jpg", "../../pool/1.jpg", 1),
+    ],
+)
+def test_folder_links(data_config, image_folder, link, target, extra):
+    root = image_folder({"train": ("ant", "bee")})
+    shutil.copytree(root / "train" / "ant", root / "pool")
+    (root / "pool" / "back").symlink_to(root)
+    (root / link).symlink_to(target)
+    (root / f"{link}2").symlink_to(target)  # a second one must not open what the first did not
+    if extra == 3 and link == "train/cow":
+        assert "remove the link" in _error(data_config(source="folder", dir=str(root)), "train")
+    if extra:
+        (root / f"{link}2").unlink()
+    source = data.open_source(data_config(source="folder", dir=str(root)), "train")
+    assert len(source) == 6 + extra and source.class_names == (("ant", "bee", "cow") if "cow" in link else ("ant", "bee"))
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "link.jpg"], ids=["dangling", "to itself"])
+def test_folder_link_to_nothing_is_a_corrupt_image(data_config, image_folder, target):
+    root = image_folder({"train": ("ant", "bee")})
+    (root / "train" / "ant" / "link.jpg").symlink_to(target)
+    config = data_config(source="folder", dir=str(root))
+    source = data.open_source(config, "train")
+    with data.eval_batches(source, _transform(config), config, batch_size=7) as loader:
+        assert next(loader)["mask"].sum() == 6 and loader.num_corrupt == 1
+
+
+def test_folder_passes_over_what_tools_leave(data_config, image_folder):
+    root = image_folder({"train": ("ant", "bee")})
+    for place in (root, root / "train", root / "train" / "ant"):
+        for folder in (".ipynb_checkpoints", "@eaDir", "__MACOSX", ".git", "lost+found"):
+            shutil.copytree(root / "train" / "bee", place / folder / "x")
+            shutil.copy(root / "train" / "bee" / "0.jpg", place / folder)
+        for file in (".DS_Store", "Thumbs.db", "desktop.ini", "._0.jpg"):
+            (place / file).write_bytes(b"x")
+    source = data.open_source(data_config(source="folder", dir=str(root)), "train")
+    assert len(source) == 6 and source.class_names == ("ant", "bee")
 
 
 # --- TFDS
@@ -217,6 +338,11 @@ def test_tfds_reads_without_tensorflow(tiny):
         "assert 'tensorflow_datasets' in sys.modules and 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=HERE.parents[1])
+
+
+def test_tfds_expands_the_home_folder(tiny, monkeypatch):
+    monkeypatch.setenv("HOME", tiny.dir)
+    assert len(data.TfdsSource("tiny_images", "~", "train")) == 20
 
 
 def test_tfds_unknown_split(tiny):

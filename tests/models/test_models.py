@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 
 from halonet_jax import models
-from halonet_jax.models import layers
+from halonet_jax.models import layers, transfer
 
 # Worked out by arithmetic from the paper's tables; H7's hybrids include squeeze-and-excitation, whose ratio is our choice.
 PARAMETERS = {
@@ -67,7 +67,7 @@ def three_blocks(**change):
     """Variables, loss with new statistics, and gradients of a small H1 with three equal blocks."""
     model, x = models.create("h1", **SMALL | {"stage_sizes": (1, 1, 3, 1)}, **change), images()
     plain = init(models.create("h1", **SMALL | {"stage_sizes": (1, 1, 3, 1)}), x)
-    variables = models.stack_blocks(plain) if change.get("scan") else plain
+    variables = transfer.stack_blocks(plain, model.backbone.stages) if change.get("scan") else plain
     assert jax.tree.map(jnp.shape, init(model, x)) == jax.tree.map(jnp.shape, variables)
 
     def loss(variables):
@@ -81,11 +81,11 @@ def three_blocks(**change):
 def test_scan_and_remat_change_no_number(change):
     variables, (expected, updates), gradients = three_blocks()
     _, (actual, other_updates), other_gradients = three_blocks(**change)
-    jax.tree.map(np.testing.assert_array_equal, models.unstack_blocks(models.stack_blocks(variables)), variables)
+    stack = functools.partial(transfer.stack_blocks, stages=models.stages("h1", stage_sizes=(1, 1, 3, 1), base_width=16))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=2e-3)  # batch norm of few pixels amplifies rounding
     close(actual, expected)
-    jax.tree.map(close, other_updates, models.stack_blocks(updates))
-    jax.tree.map(close, other_gradients["params"], models.stack_blocks(gradients)["params"])
+    jax.tree.map(close, other_updates, stack(updates))
+    jax.tree.map(close, other_gradients["params"], stack(gradients)["params"])
 
 
 def test_reference_attention_gives_the_same_model():
@@ -136,21 +136,123 @@ def test_regularisers_act_in_training_alone(option):
     np.testing.assert_array_equal(apply(0, False), apply(1, False))
 
 
+@functools.cache
+def in_mode(train, use_running_average):
+    """Logits and maps of one model without dropout, with the statistics after each, and whether these moved."""
+    x, model = images(), models.create("h1", **SMALL, final_width=8)
+    variables = init(model, x)
+
+    @jax.jit
+    def apply(variables):
+        options = dict(use_running_average=use_running_average, mutable=["batch_stats"])
+        return model.apply(variables, x, train, **options), model.apply(variables, x, train, method="features", **options)
+
+    outputs = apply(variables)
+    moved = not jax.tree.all(jax.tree.map(jnp.array_equal, outputs[0][1]["batch_stats"], variables["batch_stats"]))
+    return outputs, moved
+
+
+@pytest.mark.parametrize(
+    "mode, like, moves",
+    [((True, None), (False, False), True), ((True, True), (False, None), False), ((False, True), (False, None), False)],
+)
+def test_batch_norm_mode_is_apart_from_dropout(mode, like, moves):
+    """Without dropout, logits and statistics depend on `use_running_average` alone, in backbone and final norm."""
+    (actual, moved), (expected, _) = in_mode(*mode), in_mode(*like)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    assert moved == moves
+
+
+def test_dropout_with_running_statistics():
+    x = images()
+    model = models.create("h1", **SMALL, dropout_rate=0.5)
+    variables = init(model, x)
+    frozen = jax.jit(functools.partial(model.apply, variables, x, use_running_average=True), static_argnames="train")
+    dropped = frozen(train=True, rngs={"dropout": jax.random.key(0)})  # raises if statistics would move
+    assert not np.allclose(dropped, frozen(train=False))
+
+
 @pytest.mark.parametrize(
     "name, overrides, message",
     (
         ("h9", {}, "model 'h9' is unknown; use one of h0, h1,"),
         ("halonet", {}, "model 'halonet' is unknown; did you mean halonet50"),
+        (4, {}, "model 4 is unknown; use one of h0, h1,"),
         ("h0", {"blocksize": 8}, "'blocksize' is unknown; did you mean block_size"),
-        ("h0", {"base_width": 20}, "stage 1 is 20 wide .* multiple of 8, or other num_heads"),
-        ("h0", {"value_ratio": 1.3}, "stage 1 has values 83.2 wide .* use another value_ratio"),
-        ("h0", {"stage_sizes": (1, 2)}, "must have four entries"),
-        ("h0", {"activation": "gelu"}, "activation='gelu' is unknown; use one of silu, relu"),
+        ("h0", {"bn_groupsize": 8}, "'bn_groupsize' is unknown; did you mean bn_group_size"),
+        ("h0", {"num_classes": 0}, "num_classes=0 must be a whole number of at least 1"),
+        ("h0", {"base_width": 20}, "stage 1 is 20 wide .* num_heads=4 must divide 20 .* multiple of 8, or another num_heads"),
+        ("h0", {"base_width": -64}, "base_width=-64 must be a whole number of at least 1; for example base_width=64"),
+        ("h0", {"value_ratio": 1.3}, "stage 1 is 64 wide .* value_ratio=1.3 gives 83.2 channels .* for example value_ratio=1.0"),
+        ("h0", {"value_ratio": 65 / 64}, "num_heads=4 must divide 65 channels of values; .* a multiple of 4"),
+        ("h0", {"value_ratio": float("nan")}, "value_ratio=nan must be a finite number between 0.001 and 1000"),
+        ("h0", {"value_ratio": 1e308}, "value_ratio=1e.308 must be"),
+        ("h0", {"bn_epsilon": float("inf")}, "bn_epsilon=inf must be a finite number of at least 0"),
+        ("h0", {"expansion_ratio": 0.01}, "expansion_ratio=0.01 gives stage 1 less than one channel .* use 0.016 or more"),
+        ("h0", {"stage_sizes": (1, 2)}, "stage_sizes=.1, 2. must be a tuple of 4 entries; for example stage_sizes=.3, 3,"),
+        ("h0", {"stage_sizes": 3}, "stage_sizes=3 must be a tuple of 4 entries"),
+        ("h0", {"stage_sizes": (3, 3, 2.5, 3)}, r"stage_sizes\[2\]=2.5 must be a whole number of at least 1"),
+        ("h0", {"stage_kinds": "conv"}, "stage_kinds='conv' must be a tuple of 4 entries"),
+        ("h0", {"stage_kinds": ("halo",) * 4}, r"stage_kinds\[0\]='halo' is unknown; use one of attention, conv"),
+        ("h0", {"num_heads": (4, 8, 0, 8)}, r"num_heads\[2\]=0 must be a whole number of at least 1"),
+        ("h0", {"num_heads": (4, 8, -8, 8)}, r"num_heads\[2\]=-8 must be"),
+        ("h0", {"num_heads": (4, 8, "8", 8)}, r"num_heads\[2\]='8' must be"),
+        ("h0", {"num_heads": (4, 8, 3, 8)}, "stage 3 is 256 wide .* num_heads=3 must divide 256 .* multiple of 6"),
+        ("h0", {"block_size": 0}, "block_size=0 must be a whole number of at least 1; for example block_size=8"),
+        ("h0", {"block_size": 8.0}, "block_size=8.0 must be a whole number"),
+        ("h0", {"block_size": None}, "block_size=None must be a whole number"),
+        ("h0", {"halo_size": -1}, "halo_size=-1 must be a whole number of at least 0; for example halo_size=3"),
+        ("h0", {"stem": ""}, "stem='' is unknown; use one of conv, patch"),
+        ("h0", {"activation": "gelu"}, "activation='gelu' is unknown; did you mean relu"),
+        ("h0", {"se_ratio": 2}, "se_ratio=2 must be a finite number between 0 and 1"),
+        ("h0", {"se_kinds": ("atention",)}, r"se_kinds\[0\]='atention' is unknown; did you mean attention"),
+        ("h0", {"se_kinds": "conv"}, "se_kinds='conv' must be a tuple of 0 to 2 entries"),
+        ("h0", {"se_ratio": 0.1, "se_kinds": ("conv",)}, "se_ratio=0.1 acts in no block: .* add one of them to se_kinds, or"),
+        ("h0", {"stochastic_depth_rate": 1}, "stochastic_depth_rate=1 must be less than 1"),
+        ("h0", {"dropout_rate": "0.1"}, "dropout_rate='0.1' must be a finite number of at least 0"),
+        ("h0", {"bn_group_size": -1}, "bn_group_size=-1 must be a whole number of at least 0"),
+        ("h0", {"padding": "reflect"}, "padding='reflect' is unknown; use one of mask, zero"),
+        ("h0", {"window": "centred"}, "window='centred' is unknown; did you mean centered"),
+        ("h0", {"attention_impl": "cuda"}, "attention_impl='cuda' is unknown; use one of auto, xla,"),
+        ("h0", {"dtype": "float16"}, "dtype='float16' is unknown; use one of float32, bfloat16"),
+        ("h0", {"dtype": "half precision"}, "dtype='half precision' is unknown"),
+        ("h0", {"scan": "yes"}, "scan='yes' must be True or False"),
     ),
 )
-def test_bad_arguments_name_value_and_rule(name, overrides, message):
+def test_bad_arguments_name_value_rule_and_remedy(name, overrides, message):
     with pytest.raises(ValueError, match=message):
         models.create(name, **overrides)
+
+
+@pytest.mark.parametrize("shape", [(48, 48, 3), (2, 0, 48, 3), (1, 2, 48, 48, 3)])
+def test_images_of_no_use_are_a_plain_error(shape):
+    model = models.create("h1", **SMALL)
+    with pytest.raises(ValueError, match=r"images have shape .* must be \[batch, height, width, channels\]"):
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("height, width", [(1, 1), (3, 70)])
+def test_images_of_any_other_size_fit(height, width):
+    model = models.create("h1", **SMALL)
+    variables = init(model, images())  # of another size
+    apply = jax.jit(functools.partial(model.apply, train=False))
+    assert jnp.isfinite(apply(variables, images(1, height, width))).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"num_heads": 0}, "num_heads=0 must be a whole number of at least 1"),
+        ({"num_heads": 3}, "num_heads=3 must divide 16 channels of queries into even parts; use a width that is a multiple of 6"),
+        ({"value_channels": 0}, "value_channels=0 must be a whole number of at least 1"),
+        ({"block_size": 0}, "block_size=0 must be a whole number of at least 1"),
+        ({"halo_size": 0.5}, "halo_size=0.5 must be a whole number of at least 0"),
+    ],
+)
+def test_bad_attributes_of_the_layer(change, message):
+    layer = models.HaloAttention(**dict(channels=16, num_heads=2, block_size=4, halo_size=1) | change)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 8, 8, 16)))
 
 
 def tpu(kind, *sizes, axis_type=jax.sharding.AxisType.Auto):
