@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `bench`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `onnx`, `bench`."""
 
 import re
 from pathlib import Path
@@ -47,6 +47,7 @@ setup(
         "gpu": ["jax[cuda12]>=0.10"],
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
         "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
+        "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.20"],  # pip takes the newest jax2onnx that fits orbax-checkpoint
         "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
     },
 )

@@ -73,25 +73,41 @@ class Loaded:
         return jax.jit(lambda variables, images: self.model.apply(variables, self.task.normalize(images), method="features"))
 
 
-def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
-    """Reads the config of a run.
+def load_config(folder: str, files: tuple[str, ...] = hub.WEIGHTS) -> tuple[epath.Path, ml_collections.ConfigDict]:
+    """Reads the config of a run or of a portable folder.
 
     Args:
-        folder: the workdir of a training run, local or `gs://`.
+        folder: a path as `load` takes it, or a folder of any of the formats that `halonet_jax.export` writes.
+        files: patterns of the files to download where it is on the hub.
 
     Returns:
         The folder's full path, and the config.
 
     Raises:
-        ConfigError: where the folder holds no config, or a damaged one.
+        ConfigError: the folder holds no config, or a damaged one.
+        CheckpointError: the folder is portable and its config is damaged.
     """
-    path = workdir_lib.locate(str(folder))
+    path = locate(folder, files)
+    if portable.has_config(path):
+        return path, portable.read_config(path).config
     try:
         return path, config_lib.from_json((path / "config.json").read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"workdir {path} holds no config.json; give the --workdir of a training run") from None
+        raise ConfigError(
+            f"{path} holds no config.json; give the workdir of a training run, or a folder that halonet_jax.export wrote"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the --workdir of a training run") from None
+        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the workdir of a training run") from None
+
+
+def locate(path: str, files: tuple[str, ...] = hub.WEIGHTS) -> epath.Path:
+    """Returns the folder of a model, downloaded where it is on the hub.
+
+    Args:
+        path: as `load` takes it.
+        files: patterns of the files to download.
+    """
+    return hub.download(path, files) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
 
 
 def load(
@@ -119,8 +135,8 @@ def load(
     if weights not in ("raw", "ema", None):
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")
     mesh = mesh or sharding.make_mesh()
-    folder = hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
-    if portable.is_portable(folder):
+    folder = locate(path)
+    if portable.is_portable(folder) or portable.has_config(folder):
         return _load_portable(folder, step, weights, mesh)
     folder, config = load_config(str(folder))
     _neutralize(config)
@@ -144,11 +160,11 @@ def load(
 
 def _load_portable(folder, step, weights, mesh):
     about = portable.read_config(folder)
-    for name, given, there in (("step", step, str(about.step)), ("weights", weights, about.weights)):
-        if given not in (None, "latest", "best") and str(given) != there:
-            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
+    portable.check_holds(folder, about, step, weights)
     _neutralize(about.config)
     task = tasks.make_task(about.config, about.metadata)
+    if not portable.is_portable(folder):
+        raise CheckpointError(f"{folder} holds no {portable.WEIGHTS}; export it with weights among the --format")
     variables = portable.read_variables(folder, _abstract(task, mesh))
     return Loaded(about.config, task, variables, about.metadata, about.step, about.weights, folder, about.figures)
 
