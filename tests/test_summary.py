@@ -1,6 +1,7 @@
 """Summaries of models: what is counted, and the tables."""
 
 import csv
+import functools
 import io
 import math
 import pathlib
@@ -13,6 +14,7 @@ from entries import ROOT, command, run
 from halonet_jax import config as config_lib
 from halonet_jax import models, summary
 from halonet_jax.costs import counting
+from halonet_jax.ops import reference
 
 TINY = dict(num_classes=10, stage_sizes=(1, 3, 1, 1), base_width=16, stem_width=16, final_width=32, block_size=4, halo_size=1)
 
@@ -34,14 +36,15 @@ def test_resnet50_has_the_figures_that_are_published_of_it(size, multiply_adds):
         assert total.activations == pytest.approx(11.1e6, rel=2e-3)  # timm's table
 
 
-@pytest.mark.parametrize("options", [{}, {"value_ratio": 2.0, "padding": "mask", "se_ratio": 0.25}, {"block_size": 3, "scan": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"value_ratio": 2.0, "padding": "mask", "se_ratio": 0.25}, {"block_size": 3, "scan": True}]
+)
 def test_attention_counts_as_the_reference_computes_it(options):
     """The reference gathers a window for each query, and nothing else. Its blocks do not shrink: the maps are larger here."""
     options = TINY | {"padding": "zero"} | options
-    model = models.create("h1", **options, attention_impl="reference")
-    stride_divides = options["block_size"] % 2 == 0
-    if not stride_divides:  # the reference alone attends from strided queries; the others attend from every pixel
-        model = models.create("h1", **options, attention_impl=lambda *args, **rest: models.halonet.ops.reference.attend(*args, **rest))
+    # A function gets what every implementation but "reference" gets: all pixels as queries, where the stride does not
+    # divide the block size.
+    model = models.create("h1", **options, attention_impl=functools.partial(reference.attend))
     variables, _, jaxpr = trace(model, 2, 256)
     found = counting.products_of(jaxpr.jaxpr)
     counts = counting.count(model, 2, 256, 256)
@@ -53,8 +56,9 @@ def test_attention_counts_as_the_reference_computes_it(options):
 def test_multiply_adds_are_half_the_flops_that_xla_counts():
     model = models.create("resnet50", **TINY | {"expansion_ratio": 4.0, "activation": "relu"})
     _, lowered, _ = trace(model, 1, 64)
+    flops = lowered.compile().cost_analysis()["flops"]
     # XLA also counts norms and activation functions, and leaves out what convolutions do with padding.
-    assert summary.summarize(model, 64).total.multiply_adds == pytest.approx(lowered.compile().cost_analysis()["flops"] / 2, rel=0.05)
+    assert summary.summarize(model, 64).total.multiply_adds == pytest.approx(flops / 2, rel=0.05)
 
 
 def test_stages_show_maps_windows_and_what_attends():
