@@ -116,7 +116,7 @@ def _parse(argv, required_flags, positional):
         flags.FLAGS.set_gnu_getopt()  # otherwise the first argument that is no flag ends the flags
     try:
         rest = flags.FLAGS(argv)
-        for name in required_flags:
+        for name in flags.FLAGS:
             getattr(flags.FLAGS[name].value, "lock", None)  # a missing config file fails only at its first use
     except flags.Error as error:
         # When a recipe raises, absl's message holds the whole traceback. For a ConfigError the last line is enough.

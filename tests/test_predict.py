@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import cv2
+import jax
 import numpy as np
 import pytest
 from entries import command, run, train
@@ -265,3 +266,10 @@ def test_the_page_serves_no_other_site_and_forgets_old_images(page, photos):
     first, *_, last = [page.post("/classify", content=content).json()["token"] for _ in range(demo._KEPT_IMAGES + 1)]
     status = [page.get("/attention", params={"token": token, "row": 0, "column": 0}).status_code for token in (first, last)]
     assert status == [404, 200]
+
+
+def test_summary_of_a_trained_model(workdir, loaded):
+    done = run(command("summary", f"--model={workdir}", "--format=csv"))
+    rows = {row["part"]: row for row in csv.DictReader(io.StringIO(done.stdout))}
+    assert rows["1"]["map"] == "4×4" and rows["head"]["width"] == "10"
+    assert int(rows["total"]["parameters"]) == sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
