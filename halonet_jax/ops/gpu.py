@@ -20,7 +20,9 @@ from halonet_jax.ops.platforms import per_device
 MAX_CHANNELS = 256  # of queries or values: what a program can hold
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True):
+def attend(
+    q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True
+):  # fmt: skip
     """Attends by kernels. On platforms other than CUDA they are interpreted: correct, but slow.
 
     Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than

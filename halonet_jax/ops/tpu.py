@@ -25,7 +25,9 @@ from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Plan
 VMEM_BYTES = 64 * 2**20
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True):
+def attend(
+    q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True
+):  # fmt: skip
     """Attends by kernels. On platforms other than TPU they are interpreted: correct, but slow.
 
     Args:
