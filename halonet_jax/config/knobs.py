@@ -28,6 +28,7 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
 SOURCES = ("tfds", "folder", "digits")
+INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
 
@@ -133,6 +134,8 @@ DATA = (
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
          "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),
     Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the shorter side of the image"),
+    Knob("interpolation", "area_bicubic", Choice(INTERPOLATIONS), "", OPEN,
+         "area_bicubic: averages of 2x2 pixels, then bicubic, by OpenCV; bicubic: antialiased, by Pillow, as in timm"),
     Knob("crop_scale", (0.08, 1.0), Tuple(Real(1e-6, 1), 2, 2, rising=True), "", OPEN,
          "random resized crop: range of the share of the image's area"),
     Knob("crop_ratio", (3 / 4, 4 / 3), Tuple(Real(0.01, 100), 2, 2, rising=True), "", OPEN,

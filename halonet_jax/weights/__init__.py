@@ -16,7 +16,7 @@ from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.training import checkpoint, sharding
 from halonet_jax.training.progress import Progress
 from halonet_jax.training.task import Task
-from halonet_jax.weights import hub, portable
+from halonet_jax.weights import hub, portable, timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +99,7 @@ def load(
     step: int | str = "latest",
     weights: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    architecture: str | None = None,
 ) -> Loaded:
     """Loads trained weights with everything that is needed to use them.
 
@@ -107,10 +108,13 @@ def load(
 
     Args:
         path: the workdir of a training run, local or `gs://`; a folder that `halonet_jax.export` wrote with
-            `--format=weights`; or such a folder on the Hugging Face hub, `hf://OWNER/NAME[@REVISION]`.
+            `--format=weights`; a file of weights of one of timm's halo models, safetensors or `torch.save`; or a folder of
+            weights, ours or timm's, on the Hugging Face hub, `hf://OWNER/NAME[@REVISION]`.
         step: of a workdir: a step number, "latest" or "best" (by the task's primary metric).
         weights: of a workdir: "raw", or "ema" for their moving average; None is "ema" where the run kept one.
         mesh: the weights are copied to each of its devices; None is all devices of this run.
+        architecture: of timm's weights, one of `halonet_jax.weights.timm.NAMES`. None: what their `config.json` says, or
+            the one whose arrays the file has.
 
     Raises:
         ConfigError: there is no model at `path`, or an argument breaks a rule above.
@@ -120,6 +124,11 @@ def load(
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")
     mesh = mesh or sharding.make_mesh()
     folder = hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
+    if timm.is_file(folder) or timm.is_folder(folder):
+        _check_given(folder, step, weights, 0, "raw")
+        return _load_timm(folder, architecture, mesh)
+    if architecture is not None:
+        raise ConfigError(f"architecture={architecture!r} is for timm's weights, and {folder} holds none; leave it out")
     if portable.is_portable(folder):
         return _load_portable(folder, step, weights, mesh)
     folder, config = load_config(str(folder))
@@ -144,13 +153,26 @@ def load(
 
 def _load_portable(folder, step, weights, mesh):
     about = portable.read_config(folder)
-    for name, given, there in (("step", step, str(about.step)), ("weights", weights, about.weights)):
-        if given not in (None, "latest", "best") and str(given) != there:
-            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
+    _check_given(folder, step, weights, about.step, about.weights)
     _neutralize(about.config)
     task = tasks.make_task(about.config, about.metadata)
     variables = portable.read_variables(folder, _abstract(task, mesh))
     return Loaded(about.config, task, variables, about.metadata, about.step, about.weights, folder, about.figures)
+
+
+def _load_timm(path, architecture, mesh):
+    found = timm.load(path, architecture)
+    _neutralize(found.config)
+    metadata = tasks.find(found.config).expected_metadata(found.config) | {"class_names": found.class_names}
+    task = tasks.make_task(found.config, metadata)
+    variables = jax.tree.map(lambda like, x: jax.device_put(x, like.sharding), _abstract(task, mesh), found.variables)
+    return Loaded(found.config, task, variables, metadata, 0, "raw", path)
+
+
+def _check_given(folder, step, weights, step_there, weights_there):
+    for name, given, there in (("step", step, str(step_there)), ("weights", weights, weights_there)):
+        if given not in (None, "latest", "best") and str(given) != there:
+            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
 
 
 def _neutralize(config):
