@@ -104,9 +104,8 @@ def load(path: epath.Path, architecture: str | None = None) -> Imported:
         raise ConfigError(f"architecture={architecture!r} is none of timm's halo models; use one of {', '.join(NAMES)}")
     state = read(path)
     architecture = architecture or _recognise(path, state)
-    config = make_config(architecture, about.get("pretrained_cfg", {}))
-    variables = convert(state, architecture, path)
-    return Imported(config, _class_names(len(variables["params"]["classifier"]["bias"])), variables)
+    config, classes = make_config(architecture, about.get("pretrained_cfg")), _num_classes(state, path)
+    return Imported(config, _class_names(classes), convert(state, models.create(architecture, classes), path, architecture))
 
 
 def make_config(architecture: str, pretrained: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:
@@ -195,25 +194,24 @@ def _read_torch(path):
     return {str(key): (x.float() if x.is_floating_point() else x).numpy() for key, x in state.items()}
 
 
-def convert(state: Mapping[str, np.ndarray], architecture: str, path: Any = "the state dict") -> dict[str, Any]:
+def convert(
+    state: Mapping[str, np.ndarray], model: models.HaloNet, path: Any = "the state dict", architecture: str = "the model"
+) -> dict[str, Any]:  # fmt: skip
     """Converts timm's arrays to variables of ours. Each array is used once.
 
     Args:
         state: arrays by timm's keys, without `num_batches_tracked`.
-        architecture: one of `NAMES`.
+        model: of the same architecture, with `scan=False`.
         path: where the arrays are from, for messages.
+        architecture: what messages call the model.
 
     Returns:
-        `{"params": …, "batch_stats": …}` of `models.create(architecture, num_classes)`, NumPy float32.
+        `{"params": …, "batch_stats": …}` of `model`, NumPy float32.
 
     Raises:
         CheckpointError: an array is missing, unknown, of another shape, no floats, or not finite; the message names it.
     """
-    weight = state.get("head.fc.weight")
-    if weight is None or np.ndim(weight) != 2 or not len(weight):
-        raise CheckpointError(f"{path} has no head.fc.weight [classes, channels]; give weights with their classifier")
-    found = {}
-    expected = rules(architecture, len(weight))
+    found, expected = {}, rules(model)
     unknown = sorted(set(state) - {rule.key for rule in expected})
     missing = [rule.key for rule in expected if rule.key not in state]
     for keys, what in ((missing, "lacks"), (unknown, "has the unknown array")):
@@ -235,14 +233,12 @@ def convert(state: Mapping[str, np.ndarray], architecture: str, path: Any = "the
     return _nested(found)
 
 
-def rules(architecture: str, num_classes: int) -> list[Rule]:
-    """Returns what becomes of each array of an architecture.
+def rules(model: models.HaloNet) -> list[Rule]:
+    """Returns what becomes of each array of timm's.
 
     Args:
-        architecture: one of `NAMES`.
-        num_classes: width of the classifier.
+        model: ours, with `scan=False`.
     """
-    model = models.create(architecture, num_classes)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
     shapes = {path: x.shape for path, x in _flat(shapes).items()}
     found = []
@@ -348,13 +344,19 @@ def _dense(shapes, path, key, pixels=()) -> Iterator[Rule]:
     yield Rule(f"{key}.bias", (outputs,), {("params", *path, "bias"): _same})
 
 
+def _num_classes(state, path):
+    weight = state.get("head.fc.weight")
+    if weight is None or np.ndim(weight) != 2 or not len(weight):
+        raise CheckpointError(f"{path} has no head.fc.weight [classes, channels]; give timm's weights with their classifier")
+    return len(weight)
+
+
 def _recognise(path, state):
     """The architecture that has exactly these arrays."""
     shapes = {key: x.shape for key, x in state.items()}
-    classes = len(state["head.fc.weight"]) if np.ndim(state.get("head.fc.weight")) == 2 else 1
-    wrong = {}
+    classes, wrong = _num_classes(state, path), {}
     for name in NAMES:
-        expected = {rule.key: rule.shape for rule in rules(name, max(classes, 1))}
+        expected = {rule.key: rule.shape for rule in rules(models.create(name, classes))}
         wrong[name] = sum(shapes.get(key) != expected.get(key) for key in shapes.keys() | expected.keys())
         if not wrong[name]:
             return name

@@ -14,7 +14,11 @@ timm = pytest.importorskip("timm")
 
 
 def randomised(name, seed=0):
-    """timm's model in which every array is random: its own start hides attention behind zeros."""
+    """timm's model in which every array is random: its own start hides attention behind zeros.
+
+    Branches add less to their shortcuts than they might. Otherwise the deep models are so steep that float32 of timm's is
+    further than 1e-4 from its own float64.
+    """
     torch.manual_seed(seed)
     model = timm.create_model(name, pretrained=False).eval()
     with torch.no_grad():
@@ -23,10 +27,12 @@ def randomised(name, seed=0):
                 x.uniform_(0.5, 2)
             elif key.endswith("running_mean"):
                 x.normal_(std=0.3)
-            elif key.endswith(("height_rel", "width_rel")):
-                x.normal_(std=x.shape[1] ** -0.5)
+            elif key.endswith("conv_lambda.weight"):
+                x.normal_(std=0.02)
+            elif key == "head.fc.weight":
+                x.normal_(std=0.05)
             elif x.ndim == 1 and key.endswith("weight"):
-                x.uniform_(0.5, 1.5)
+                x.uniform_(0.5, 1.5).mul_(0.6 if "conv3_1x1" in key else 1)
             elif x.ndim == 1 and x.is_floating_point():
                 x.normal_(std=0.2)
     return model
