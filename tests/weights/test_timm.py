@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import timm_cases
 from PIL import Image
 
 from halonet_jax import config as config_lib
 from halonet_jax import errors, models, weights
 from halonet_jax.data import images
 from halonet_jax.weights import hub, timm
-from tests.weights import timm_cases
 
 RECORDED = json.loads(timm_cases.FILE.read_text())
 
@@ -90,7 +90,7 @@ def test_a_file_tells_its_architecture(tmp_path):
 def test_a_folder_of_the_hub(tmp_path, monkeypatch):
     """As `timm` writes it: `config.json` names the architecture and says how images are prepared."""
     (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(arrays("halonet26t")))
-    about = {"architecture": "halonet26t", "pretrained_cfg": {"input_size": [3, 288, 288], "crop_pct": 1.0, "interpolation": "bicubic"}}
+    about = {"architecture": "halonet26t", "pretrained_cfg": {"input_size": [3, 288, 288], "crop_pct": 1.0}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     asked = []
     monkeypatch.setattr(hub, "download", lambda path: asked.append(path) or tmp_path)
@@ -143,8 +143,8 @@ def test_preprocessing_is_timms(height, width):
 def test_stage_options_do_not_act_on_listed_blocks():
     with pytest.raises(ValueError, match=r"base_width=32 has no effect on halonet50ts, which lists its blocks; .*models\.stages"):
         models.create("halonet50ts", base_width=32)
-    blocks = [b for stage in models.stages("halo2botnet50ts_256", block_size=4, halo_size=1) for b in stage if b.kind == "attention"]
-    assert {(b.block_size, b.halo_size) for b in blocks} == {(4, 1), (8, 0)}
+    stages = models.stages("halo2botnet50ts_256", block_size=4, halo_size=1)
+    assert {(b.block_size, b.halo_size) for stage in stages for b in stage if b.kind == "attention"} == {(4, 1), (8, 0)}
     config = config_lib.imagenet()
     config.model.name, config.model.se_ratio = "halonet50ts", 0.5
     with pytest.raises(errors.ConfigError, match="config.model: se_ratio=0.5 has no effect on halonet50ts"):

@@ -1,6 +1,6 @@
 """Tiny networks of timm's kind, by which `test_timm.py` holds our conversion to timm's own numbers.
 
-`python -m tests.weights.timm_cases`, where torch and timm are installed, writes these numbers anew. Arrays and images are
+`python tests/weights/timm_cases.py`, where torch and timm are installed, writes these numbers anew. Arrays and images are
 drawn by name, so that the file holds only timm's keys, shapes and results.
 """
 
@@ -35,11 +35,11 @@ CASES = {
     # Attention that is pooled, no shortcuts where shapes change, sums without activation, a stem of one convolution.
     "regnet": (24, "haloregnetz_b", dict(stem_width=8, final_width=24, stages=(
         (
-            BlockSpec("conv", 24, 12, 2, groups=6, gate="se", gate_size=8, **_LINEAR),
-            BlockSpec("conv", 36, 12, groups=9, gate="se", gate_size=16, **_LINEAR),
+            BlockSpec("conv", 24, 16, 2, groups=6, gate="se", gate_size=8, **_LINEAR),
+            BlockSpec("conv", 48, 16, groups=12, gate="se", gate_size=16, **_LINEAR),
         ),
         (
-            BlockSpec("attention", 36, 16, 2, pool=True, **_NARROW, **_LINEAR),
+            BlockSpec("attention", 48, 16, 2, pool=True, **_NARROW, **_LINEAR),
             BlockSpec("attention", 48, 16, **_NARROW, **_LINEAR),
         ),
     ))),
@@ -92,9 +92,9 @@ def _record():
             ), stem_chs=16, stem_type="7x7", stem_pool="maxpool", act_layer="relu", attn_layer="eca",
         ),
         "regnet": dict(
-            blocks=(block("bottle", 12, 2, 2, ratio=3, group=4), block("self_attn", 16, 2, 2, ratio=3, **pooled)),
+            blocks=(block("bottle", 16, 2, 2, ratio=3, group=4), block("self_attn", 16, 2, 2, ratio=3, **pooled)),
             stem_chs=8, stem_pool="", downsample="", num_features=24, act_layer="silu", attn_layer="se",
-            attn_kwargs=dict(rd_ratio=0.4), block_kwargs=dict(bottle_in=True, linear_out=True),
+            attn_kwargs=dict(rd_ratio=0.25), block_kwargs=dict(bottle_in=True, linear_out=True),
         ),
     }  # fmt: skip
     found = {}
