@@ -283,6 +283,9 @@ def tpu(kind, *sizes, axis_type=jax.sharding.AxisType.Auto):
         (tpu("TPU v5 lite", 4, axis_type=jax.sharding.AxisType.Explicit), "h1", {},
          "the mesh has Explicit axes; give jax.make_mesh axis_types="),
         (tpu("TPU v5 lite", 4), "resnet50", {}, "attention on TPU v5 lite: none"),
+        (tpu("TPU v5 lite", 4), "halonet26t", {}, "attention on TPU v5 lite: pallas for 3 of 3 layers"),
+        (tpu("TPU v5 lite", 4), "halonet26t", {"window": "centered"}, "(stage 4: windows centred on strided queries need tables by"),
+        (tpu("TPU v5 lite", 4), "haloregnetz_b", {}, "(stages 3, 4: 24 channels per head neither divide 128 nor fit in there"),
         (None, "h1", {}, "attention on cpu: xla for 19 of 19 layers"),
         (None, "h1", {"attention_impl": "pallas", "halo_size": 9},
          "xla for 17 of 19 layers (stages 1, 2, 3, 4: halo_size=9 is more than block_size=8, so that windows reach beyond the next "

@@ -54,7 +54,7 @@ def array(key, shape):
     elif len(shape) == 1:
         x = rng.uniform(0.5, 1.5, shape) if key.endswith("weight") else rng.standard_normal(shape) * 0.3
     else:
-        x = rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5 * 1.4
+        x = rng.standard_normal(shape) * np.prod(shape[1:]) ** -0.5 * (0.3 if "conv_lambda" in key else 1.4)
     return x.astype(np.float32)
 
 
