@@ -3,8 +3,7 @@
 Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--config.data.image_size=224`. The knobs of
 the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
-Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole`
-    without
+Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
 an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
 
 Sources:
@@ -59,6 +58,8 @@ RUN = (
     Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # upper limit of jax.random.key
          "seed of initial parameters, order of examples, augmentation and dropout"),
     Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`"),
+    Knob("init_from", "", Text(may_be_empty=True), "", PAPER,
+         "weights to start from: a workdir, a folder of halonet_jax.export, or hf://OWNER/NAME; empty: random ones"),
     Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "size of a training batch, over all devices and hosts"),
     Knob("eval_batch_size", 0, Whole(0, 2**20), "images", OURS, "size of an evaluation batch; 0: batch_size"),
     Knob("num_epochs", 350.0, Real(0, 1e6), "epochs", PAPER, "length of the run and of the learning-rate schedule"),
@@ -101,6 +102,9 @@ MODEL = (
     Knob("remat", False, Switch(), "", OURS, "recompute activations in the backward pass: less memory, more time"),
     Knob("scan", False, Switch(), "", OURS,
          "loop over the equal blocks of a stage: compiles faster, more memory traffic"),
+    Knob("freeze", (), Tuple(Text(), 0, 100), "", OURS,
+         "patterns of parameters that are not trained, batch-norm statistics included, such as backbone/stage1_*",
+         ("backbone/stem*", "backbone/stage1_*")),
     # From here on, None means the value of the variant, from `halonet_jax/models/variants.py`.
     Knob("block_size", None, Whole(1, 1024), "positions", PAPER, "side of a block of queries (b)"),
     Knob("halo_size", None, Whole(0, 1024), "positions", PAPER, "width of the halo around a block (h)"),
@@ -167,6 +171,8 @@ OPTIMIZER = (
     Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
          "weight decay of kernels; norms, biases and relative tables have none (OPEN)"),
     Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "upper limit of the gradient's global norm; 0: no clipping"),
+    Knob("layer_decay", 1.0, Real(0.01, 1), "", OURS,
+         "the learning rate of each block over that of the block above it, for fine-tuning; 1: all the same"),
     Knob("accumulation_steps", 1, Whole(1, 2**20), "micro-batches", OURS, "number of micro-batches per step"),
 )
 
@@ -176,7 +182,11 @@ SCHEDULE = (
     Knob("learning_rate_batch_size", 256, Whole(0), "images", PAPER, "see learning_rate; 0: no scaling"),
     Knob("warmup_epochs", 10.0, Real(0, 1e6), "epochs", PAPER,
          "length of the linear warm-up from 0; at most num_epochs"),
+    Knob("name", "cosine", Choice(("cosine", "milestones")), "", PAPER, "what follows the warm-up: a cosine, or steps"),
     Knob("end_factor", 1 / 128, Real(0, 1), "", PAPER, "end of the cosine, as a share of the peak"),
+    Knob("milestones", (), EmptyOr(Tuple(Real(0, 1e6), 1, 100, rising=True)), "epochs", PAPER,
+         "with name=milestones: when the rate is multiplied by milestone_factor (the paper's detectors)", (60.0, 65.0)),
+    Knob("milestone_factor", 0.1, Real(0, 1), "", PAPER, "see milestones"),
 )
 
 MESH = (

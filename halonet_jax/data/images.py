@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 from PIL import BmpImagePlugin, Image, JpegImagePlugin
 
-from halonet_jax.data import randaugment
+from halonet_jax.data import orientation, randaugment
 from halonet_jax.errors import CorruptImage
 
 # The loader's threads are the parallelism; OpenCV's own would only contend with them.
@@ -19,16 +19,18 @@ _CROP_TRIES = 10
 _JPEG_START = b"\xff\xd8"
 
 
-def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
+def decode(encoded: bytes, max_pixels: int = 2**27, upright: bool = False) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file.
 
     Gray is repeated over the three channels, palettes are looked up, CMYK is converted, 16-bit values keep their
-    upper byte, alpha is dropped (not blended), and an EXIF orientation is ignored: pixels come as they are stored.
-    A JPEG with damaged bytes decodes as long as it has its end, as in other decoders; some of its pixels are wrong.
+    upper byte, alpha is dropped (not blended), and an animation gives its first frame. A JPEG with damaged bytes decodes
+    as long as it has its end, as in other decoders; some of its pixels are wrong.
 
     Args:
         encoded: the whole file.
         max_pixels: most pixels, height times width. The header's numbers count: nothing is decoded before.
+        upright: turn the pixels as the file's EXIF orientation says. False: they come as they are stored, as ImageNet's
+            have always been read.
 
     Returns:
         uint8 [h, w, 3], RGB.
@@ -36,6 +38,11 @@ def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
     Raises:
         CorruptImage: if the file is empty, truncated, too large or no image; the message is the reason.
     """
+    image = _stored_pixels(encoded, max_pixels)
+    return orientation.turn(image, orientation.read(encoded)) if upright else image
+
+
+def _stored_pixels(encoded, max_pixels):
     if not encoded:
         raise CorruptImage("the file is empty")
     width, height = _header_size(encoded)

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from halonet_jax.models import blocks, checks, transfer, variants
+from halonet_jax.models import blocks, checks, freezing, transfer, variants
 from halonet_jax.models.blocks import BlockSpec
 from halonet_jax.models.halonet import Backbone, HaloNet
 from halonet_jax.models.layers import HaloAttention
 from halonet_jax.ops.halo_attention import WINDOWS
 from halonet_jax.ops.selection import NAMES
 
-__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "names", "stages", "transfer"]
+__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "freezing", "names", "stages", "transfer"]
 
 # What `create` takes beside the architecture: settings of `Backbone`, with their defaults, and of `HaloNet`.
 _SETTINGS = {
@@ -63,7 +63,7 @@ def create(
             model's own.
         **overrides: any key of `variants.DEFAULTS` (the architecture), or of `dropout_rate`, `stochastic_depth_rate`,
             `bn_group_size`, `bn_momentum`, `bn_epsilon`, `zero_init_residual`, `window`, `attention_impl`,
-            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`.
+            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`, `freeze`.
 
     Raises:
         ValueError: for an unknown name or key, or an impossible value or combination.
@@ -103,6 +103,8 @@ def _check_settings(settings: dict[str, Any]):
     for key in ("zero_init_residual", "remat", "scan"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key}={settings[key]!r} must be True or False")
+    if not isinstance(settings["freeze"], tuple) or not all(isinstance(pattern, str) for pattern in settings["freeze"]):
+        raise ValueError(f"freeze={settings['freeze']!r} must be a tuple of patterns; for example freeze=('backbone/stem*',)")
     try:
         known = jnp.dtype(settings["dtype"]).name in _DTYPES
     except TypeError:

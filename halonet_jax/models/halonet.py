@@ -107,6 +107,8 @@ class Backbone(nn.Module):
         remat: recompute each block's activations in the backward pass, which takes less memory and more time.
         scan: loop over equal neighbouring blocks of a stage, as `blocks.runs` says. It compiles faster and moves more
             memory.
+        freeze: patterns of parameters that are not trained, see `freezing`. Norms among them keep their running statistics and
+            normalise by them in training too. Gradients are the caller's to stop: `freezing.stop_gradients`.
     """
 
     stages: blocks.Stages
@@ -124,6 +126,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
+    freeze: tuple[str, ...] = ()
 
     def norm(self, use_running_average: bool):
         """Returns `layers.BatchNorm` with this network's settings.
@@ -133,7 +136,7 @@ class Backbone(nn.Module):
         """
         return functools.partial(
             layers.BatchNorm, use_running_average=use_running_average, group_size=self.bn_group_size,
-            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype,
+            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype, freeze=self.freeze,
         )  # fmt: skip
 
     def attention(self):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from halonet_jax import ops
-from halonet_jax.models import checks
+from halonet_jax.models import checks, freezing
 
 
 class HaloAttention(nn.Module):
@@ -147,6 +147,8 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         dtype: of the result; statistics and parameters are float32.
         scale_init: initializer of the scale.
+        freeze: patterns of parameters that are not trained, see `freezing`; a norm that one matches always normalises by its
+            running statistics.
     """
 
     use_running_average: bool
@@ -156,6 +158,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     scale_init: Callable = nn.initializers.ones
+    freeze: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x):
@@ -180,7 +183,7 @@ class BatchNorm(nn.Module):
             x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
             return self.activation(x.astype(self.dtype))
 
-        if self.use_running_average:
+        if self.use_running_average or freezing.is_frozen("/".join((*self.path, "scale")), self.freeze):
             return finish(x, running_mean.value, running_var.value, scale, bias)
 
         group_size = self.group_size or len(x)

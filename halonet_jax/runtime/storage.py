@@ -1,4 +1,4 @@
-"""What goes wrong with files, and what to do about it."""
+"""Finds the cause of a failed read or write, and the remedy. Paths with characters that a pattern may have."""
 
 import errno
 import fnmatch
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from etils.epath import gpath
 
-# Error numbers, and the words that libraries use for the same where they pass no number on.
+# Error numbers, and words of the same meaning in messages of libraries that pass no number on.
 _CAUSES = (
     (
         (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
@@ -19,6 +19,7 @@ _CAUSES = (
         "permission.denied|not permitted|read-only file system|unauthenticated|forbidden",
         "give this user permission to write there",
     ),
+    ((errno.ENAMETOOLONG,), "name too long", "give a workdir with a shorter path"),
     ((errno.EISDIR, errno.ENOTDIR), "is a directory|not a directory", "move away what is in its place"),
     (
         (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY, errno.ESTALE),
@@ -55,10 +56,10 @@ def reason(error: BaseException) -> str:
 
 
 class LiteralPath(gpath.PosixGPath):
-    """An `epath.Path` whose own characters are no pattern when it is globbed.
+    """An `epath.Path` that `glob` takes literally.
 
-    Orbax lists the parts of a checkpoint with `path.glob("…*")`. The standard `epath.Path` would read `[0.1]` or `*` in the
-    names of the folders above as a pattern too: parts are then not found, or those of another folder are.
+    Orbax lists the parts of a checkpoint with `path.glob("…*")`. The standard `epath.Path` would also read `[0.1]` or `*` in the
+    folder's own path as a pattern. Then it finds no parts, or those of another folder.
     """
 
     def glob(self, pattern: str) -> Iterator["LiteralPath"]:

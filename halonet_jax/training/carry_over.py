@@ -1,7 +1,7 @@
-"""Which arrays of a checkpoint continue as which arrays of a state that has another tree.
+"""Continues from a checkpoint whose state has another tree.
 
-An option may change the tree: an EMA is switched on or off, gradients are clipped, another optimizer is chosen. What both
-trees have goes on, the rest starts anew.
+Some options change the tree: an EMA is switched on or off, gradients are clipped, another optimizer is chosen. Arrays that
+both trees have continue. The others get new values.
 """
 
 import collections
@@ -16,17 +16,17 @@ from halonet_jax.training.state import TrainState
 
 
 def match(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]:
-    """Finds, for arrays of the state, the array of the checkpoint that they continue.
+    """Finds the array of the checkpoint that each array of the state continues.
 
-    Arrays of equal name, shape and type belong together. In the optimizer's state the name need only be equal apart from
-    numbers: those are positions in a chain, which move where gradients are clipped.
+    Arrays of equal name, shape and type belong together. In the optimizer's state, numbers in the name are ignored: they are
+    positions in a chain, and clipping moves them.
 
     Args:
-        saved: shape and dtype by name, of the checkpoint's arrays.
-        wanted: the same of the state's arrays.
+        saved: shape and dtype of the checkpoint's arrays, by name.
+        wanted: shape and dtype of the state's arrays, by name.
 
     Returns:
-        Names in the checkpoint by name in the state. Arrays that start anew are left out.
+        Names in the checkpoint, by name in the state. Arrays that the checkpoint lacks are left out.
     """
     kind = lambda array: (tuple(array.shape), jnp.dtype(array.dtype))
     found = {name: name for name in wanted if name in saved and kind(saved[name]) == kind(wanted[name])}
@@ -39,15 +39,15 @@ def match(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, str]
 
 
 def complete(abstract: TrainState, names: list[str], arrays: Mapping[str, jax.Array], create: Any) -> TrainState:
-    """Builds a state from the arrays that go on and, for the rest, new ones.
+    """Builds a state from the arrays of a checkpoint, and new arrays for the rest.
 
-    A new EMA starts from the weights that go on. The learning rate goes on at the state's step.
+    A new EMA starts from the checkpoint's weights. The schedule continues at the checkpoint's step.
 
     Args:
         abstract: the state as `ShapeDtypeStruct`s.
         names: the name of each leaf of `abstract`.
-        arrays: those that go on, by name; all of `step`, `params` and `model_state` among them.
-        create: `() -> TrainState`, a new state with the same tree and shardings.
+        arrays: of the checkpoint, by name. They include all of `step`, `params` and `model_state`.
+        create: `() -> TrainState`, returns a new state with the same tree and shardings.
     """
     leaves = dict(arrays)
     averages = [name for name in names if name not in leaves and name.startswith("ema_")]
@@ -79,7 +79,7 @@ def _by_role(arrays, matched):
 
 
 def _fields(name):
-    """In the optimizer's state, the first part of the name that is no position: "trace", "mu", "count"."""
+    """Returns the first part of a name in the optimizer's state that is not a position: "trace", "mu", "count"."""
     if not name.startswith("opt_state/"):
         return []
     return [part for part in name.split("/")[1:] if not part.isdigit()][:1]
@@ -87,5 +87,5 @@ def _fields(name):
 
 @jax.jit
 def _copy(arrays):
-    # Copies: the state is donated to the step, and a buffer can be donated once only.
+    # Copies, because the state is donated to the step and a buffer can be donated only once.
     return [jnp.copy(array) for array in arrays]

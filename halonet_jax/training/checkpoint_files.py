@@ -2,10 +2,10 @@
 
     <step>/state/…             arrays, written by Orbax
     <step>/position/metadata   JSON: the record, a checksum of every array, and a checksum of both
-    <step>/score.json          written later, where the checkpoint was evaluated
+    <step>/score.json          the score, written after the checkpoint was evaluated
 
-Earlier versions wrote `{**record, "checksums": …}` in `position/metadata` and the score as
-`{"top1": …}` in `metrics/metrics`. Their checkpoints are read too.
+Version 0.1.0 wrote `{**record, "checksums": …}` to `position/metadata`, and the score as `{"top1": …}` to `metrics/metrics`.
+Its checkpoints can be read too.
 """
 
 import json
@@ -22,30 +22,23 @@ from absl import logging
 from etils import epath
 
 STATE, RECORD = "state", "position"  # names of Orbax's items, which are names of folders
+_UNFINISHED = ocp.path.step.TMP_DIR_SUFFIX  # part of the name of a folder that is being written
 
 
-class StepNames(ocp.path.step.NameFormat):
-    """Finds the finished checkpoints of a folder, named by their step, while another process may add and delete some."""
+def finished_steps(directory: epath.Path) -> list[int]:
+    """Returns the steps of the finished checkpoints, the oldest first. Another process may add and delete some meanwhile.
 
-    def build_name(self, step: int) -> str:
-        """Returns the name of a step's folder."""
-        return str(step)
+    Args:
+        directory: of the checkpoints. If it does not exist, there are none.
 
-    def find_all(self, base_path: epath.PathLike) -> list[ocp.path.step.Metadata]:
-        """Returns step and path of each finished checkpoint, by step; none where the folder does not exist."""
-        try:
-            paths = [path for path in epath.Path(base_path).iterdir() if re.fullmatch("0|[1-9][0-9]*", path.name)]
-        except FileNotFoundError:
-            return []
-        paths = [path for path in paths if is_finished(path)]
-        return sorted((ocp.path.step.Metadata(int(path.name), path) for path in paths), key=lambda found: found.step)
-
-    def find_step(self, base_path: epath.PathLike, step: int) -> ocp.path.step.Metadata:
-        """Returns step and path of one checkpoint; raises ValueError where it is not there."""
-        path = epath.Path(base_path) / str(step)
-        if not is_finished(path):
-            raise ValueError(f"no checkpoint {path}")
-        return ocp.path.step.Metadata(step, path)
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    try:
+        names = [path.name for path in directory.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name) and is_finished(directory / name))
 
 
 def is_finished(path: epath.Path) -> bool:
@@ -60,17 +53,35 @@ def is_finished(path: epath.Path) -> bool:
         return False
 
 
-def delete_unfinished(directory: epath.Path) -> None:
-    """Deletes what saves left behind that were interrupted. Must not run beside another process that saves.
+def delete(path: epath.Path) -> None:
+    """Deletes a checkpoint. It is renamed first, so that no reader takes a part of it for the whole.
 
     Args:
-        directory: folder of the checkpoints.
+        path: a step's folder.
+
+    Raises:
+        OSError: it cannot be deleted.
     """
-    for name in ocp.path.step.tmp_checkpoints(directory):
-        try:
-            (directory / name).rmtree()
-        except OSError as error:
-            logging.warning("An unfinished checkpoint cannot be deleted: %s", error)
+    if "://" not in str(path):  # a bucket renames by copying
+        path = path.rename(path.with_name(f"{path.name}{_UNFINISHED}-deleted"))
+    path.rmtree()
+
+
+def delete_unfinished(directory: epath.Path) -> None:
+    """Deletes what interrupted saves and deletions left behind. No other process may save meanwhile.
+
+    Args:
+        directory: of the checkpoints.
+
+    Raises:
+        OSError: the folder cannot be listed.
+    """
+    for path in directory.iterdir():
+        if _UNFINISHED in path.name or path.name.isdecimal() and path.is_dir() and not is_finished(path):
+            try:
+                path.rmtree()
+            except OSError as error:
+                logging.warning("An unfinished checkpoint cannot be deleted: %s", error)
 
 
 # --- arrays
@@ -92,7 +103,7 @@ def describe_arrays(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
         path: a step's folder.
 
     Raises:
-        Exception: of many types, where the metadata is damaged.
+        Exception: of many types, if the metadata is damaged.
     """
     tree = _metadata(path)
     return {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in zip(names(tree), jax.tree.leaves(tree))}
@@ -103,13 +114,14 @@ def read_arrays(path: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]) ->
 
     Args:
         path: a step's folder.
-        wanted: by name: shape and type as saved, and the sharding that the array shall have; without one, a NumPy array.
+        wanted: shape and type as saved, and the sharding that the array will have, by name. An array without a sharding is
+            returned as a NumPy array.
 
     Returns:
         The arrays by name, in the order of `wanted`.
 
     Raises:
-        Exception: of many types, by what is damaged.
+        Exception: of many types, depending on the damage.
     """
     tree = _metadata(path)
     treedef, saved = jax.tree.structure(tree), names(tree)
@@ -138,14 +150,14 @@ def _metadata(path):
 
 
 def pack_record(record: Mapping[str, Any], sums: Mapping[str, int]) -> dict[str, Any]:
-    """Returns what is saved as a checkpoint's record: a deep copy of it with checksums.
+    """Returns a deep copy of a record together with the checksums, as it is saved.
 
     Args:
         record: JSON values by name.
         sums: checksum of each array, by name.
 
     Raises:
-        TypeError: `record` holds something that JSON has no form for.
+        TypeError: `record` holds something that JSON cannot hold.
     """
     content = json.loads(json.dumps({"record": record, "arrays": sums}))
     return content | {"checksum": _checksum(content)}
@@ -158,10 +170,12 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
         path: a step's folder.
 
     Raises:
-        ValueError: the file is torn, or is not what was saved.
+        ValueError: the file is not what was saved.
         OSError: it cannot be read.
     """
-    content = _read_object(path / RECORD / "metadata")
+    content = _read_json(path / RECORD / "metadata")
+    if not isinstance(content, dict):
+        raise ValueError("its record is not a JSON object")
     if set(content) == {"record", "arrays", "checksum"}:
         if content.pop("checksum") != _checksum(content):
             raise ValueError("checksum of its record is wrong")
@@ -173,7 +187,7 @@ def read_record(path: epath.Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def write_score(path: epath.Path, score: float) -> None:
-    """Writes a checkpoint's score; a kill leaves none, or the whole of it.
+    """Writes a checkpoint's score. After a kill the file is whole or missing.
 
     Args:
         path: a step's folder.
@@ -189,19 +203,19 @@ def write_score(path: epath.Path, score: float) -> None:
 
 
 def read_score(path: epath.Path) -> float | None:
-    """Returns a checkpoint's score; None where it was not evaluated, or where the file is damaged, with a warning.
+    """Returns a checkpoint's score; None: it was not evaluated, or the file is damaged. The latter is a warning.
 
     Args:
         path: a step's folder.
     """
     try:
         if (path / "score.json").exists():
-            content = _read_object(path / "score.json")
-            if content.pop("checksum", None) != _checksum(content) or content["step"] != int(path.name):
+            content = _read_json(path / "score.json")
+            if content.pop("checksum") != _checksum(content) or content["step"] != int(path.name):
                 raise ValueError("its checksum is wrong")
             score = content["score"]
         elif (path / "metrics" / "metrics").exists():
-            score = _read_object(path / "metrics" / "metrics").get("top1")
+            score = _read_json(path / "metrics" / "metrics").get("top1")
         else:
             score = None
         if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
@@ -214,14 +228,11 @@ def read_score(path: epath.Path) -> float | None:
     return None if score is None else float(score)
 
 
-def _read_object(path):
+def _read_json(path):
     try:
-        content = json.loads(path.read_bytes())
+        return json.loads(path.read_bytes())
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return content
 
 
 def _checksum(content):

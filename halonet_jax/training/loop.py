@@ -246,7 +246,7 @@ def _roll_back(run, progress, error):
     if run.config.on_non_finite == "stop" or last is None or progress.rollbacks == MAX_ROLLBACKS:
         error.args = (f"{error}. {_advice(run, last, progress.rollbacks)}",)
         raise error
-    state, record = run.checkpointer.restore(run.programs.abstract_state)
+    state, record = run.checkpointer.restore(run.programs.abstract_state, run.programs.create_state)
     restored, step_after = Progress.from_record(record), int(state.step)
     skipped = error.step - step_after
     logging.warning("%s. Back to checkpoint %d, past %d batches", error, step_after, skipped)

@@ -73,25 +73,43 @@ class Loaded:
         return jax.jit(lambda variables, images: self.model.apply(variables, self.task.normalize(images), method="features"))
 
 
-def load_config(folder: str) -> tuple[epath.Path, ml_collections.ConfigDict]:
-    """Reads the config of a run.
+def load_config(folder: str, files: tuple[str, ...] = hub.WEIGHTS) -> tuple[epath.Path, ml_collections.ConfigDict]:
+    """Reads the config of a run or of a portable folder, or makes that of timm's weights.
 
     Args:
-        folder: the workdir of a training run, local or `gs://`.
+        folder: a path as `load` takes it, or a folder of any of the formats that `halonet_jax.export` writes.
+        files: patterns of the files to download where it is on the hub.
 
     Returns:
         The folder's full path, and the config.
 
     Raises:
-        ConfigError: where the folder holds no config, or a damaged one.
+        ConfigError: the folder holds no config, or a damaged one.
+        CheckpointError: the folder is portable and its config is damaged, or timm's weights are none that we know.
     """
-    path = workdir_lib.locate(str(folder))
+    path = locate(folder, files)
+    if timm.is_timm(path):
+        return path, timm.read_config(path)
+    if portable.has_config(path):
+        return path, portable.read_config(path).config
     try:
         return path, config_lib.from_json((path / "config.json").read_bytes())
     except FileNotFoundError:
-        raise ConfigError(f"workdir {path} holds no config.json; give the --workdir of a training run") from None
+        raise ConfigError(
+            f"{path} holds no config.json; give the workdir of a training run, or a folder that halonet_jax.export wrote"
+        ) from None
     except OSError as error:
-        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the --workdir of a training run") from None
+        raise ConfigError(f"{path / 'config.json'} cannot be read ({error}); give the workdir of a training run") from None
+
+
+def locate(path: str, files: tuple[str, ...] = hub.WEIGHTS) -> epath.Path:
+    """Returns the folder of a model, downloaded where it is on the hub.
+
+    Args:
+        path: as `load` takes it.
+        files: patterns of the files to download.
+    """
+    return hub.download(path, files) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
 
 
 def load(
@@ -123,13 +141,12 @@ def load(
     if weights not in ("raw", "ema", None):
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")
     mesh = mesh or sharding.make_mesh()
-    folder = hub.download(path) if hub.is_hub_name(str(path)) else workdir_lib.locate(str(path))
-    if timm.is_file(folder) or timm.is_folder(folder):
-        _check_given(folder, step, weights, 0, "raw")
-        return _load_timm(folder, architecture, mesh)
+    folder = locate(path)
+    if timm.is_timm(folder):
+        return _load_timm(folder, step, weights, architecture, mesh)
     if architecture is not None:
         raise ConfigError(f"architecture={architecture!r} is for timm's weights, and {folder} holds none; leave it out")
-    if portable.is_portable(folder):
+    if portable.is_portable(folder) or portable.has_config(folder):
         return _load_portable(folder, step, weights, mesh)
     folder, config = load_config(str(folder))
     _neutralize(config)
@@ -153,26 +170,23 @@ def load(
 
 def _load_portable(folder, step, weights, mesh):
     about = portable.read_config(folder)
-    _check_given(folder, step, weights, about.step, about.weights)
+    portable.check_holds(folder, about, step, weights)
     _neutralize(about.config)
     task = tasks.make_task(about.config, about.metadata)
+    if not portable.is_portable(folder):
+        raise CheckpointError(f"{folder} holds no {portable.WEIGHTS}; export it with weights among the --format")
     variables = portable.read_variables(folder, _abstract(task, mesh))
     return Loaded(about.config, task, variables, about.metadata, about.step, about.weights, folder, about.figures)
 
 
-def _load_timm(path, architecture, mesh):
+def _load_timm(path, step, weights, architecture, mesh):
     found = timm.load(path, architecture)
-    _neutralize(found.config)
     metadata = tasks.find(found.config).expected_metadata(found.config) | {"class_names": found.class_names}
+    portable.check_holds(path, portable.Portable(found.config, metadata, 0, "raw", {}), step, weights)
+    _neutralize(found.config)
     task = tasks.make_task(found.config, metadata)
     variables = jax.tree.map(lambda like, x: jax.device_put(x, like.sharding), _abstract(task, mesh), found.variables)
     return Loaded(found.config, task, variables, metadata, 0, "raw", path)
-
-
-def _check_given(folder, step, weights, step_there, weights_there):
-    for name, given, there in (("step", step, str(step_there)), ("weights", weights, weights_there)):
-        if given not in (None, "latest", "best") and str(given) != there:
-            raise ConfigError(f"{name}={given!r}, but {folder} holds {name} {there} alone; leave {name} out")
 
 
 def _neutralize(config):

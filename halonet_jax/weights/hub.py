@@ -7,6 +7,7 @@ from etils import epath
 from halonet_jax.errors import CheckpointError, ConfigError
 
 PREFIX = "hf://"
+WEIGHTS = ("config.json", "*.safetensors")  # the files that `halonet_jax.load` reads
 _REMEDY = "give hf://OWNER/NAME or hf://OWNER/NAME@REVISION"
 
 
@@ -34,7 +35,7 @@ def parse(path: str) -> tuple[str, str | None]:
     return name, revision or None
 
 
-def download(path: str, patterns: tuple[str, ...] = ("config.json", "*.safetensors")) -> epath.Path:
+def download(path: str, patterns: tuple[str, ...] = WEIGHTS) -> epath.Path:
     """Downloads the files of a model, or finds them in the hub's cache, and returns their folder.
 
     Args:

@@ -84,6 +84,28 @@ def is_folder(folder: epath.Path) -> bool:
     return about is not None and "architecture" in about and "format" not in about
 
 
+def is_timm(path: epath.Path) -> bool:
+    """Returns whether a path is for `load`: a file of weights, or a folder of timm's.
+
+    Args:
+        path: any path.
+    """
+    return is_file(path) or is_folder(path)
+
+
+def read_config(path: epath.Path) -> ml_collections.ConfigDict:
+    """Returns the config of a file or folder, as `load` does. Of a folder, the weights are not read.
+
+    Args:
+        path: as of `load`.
+
+    Raises:
+        ConfigError, CheckpointError: as `load` raises them.
+    """
+    path, architecture, about = _look(path, None)
+    return make_config(architecture or _recognise(path, read(path)), about)
+
+
 def load(path: epath.Path, architecture: str | None = None) -> Imported:
     """Reads a file, or a folder as timm's on the hub.
 
@@ -95,6 +117,15 @@ def load(path: epath.Path, architecture: str | None = None) -> Imported:
         ConfigError: the architecture is unknown, or torch is needed and not installed.
         CheckpointError: the file is missing or damaged, or its arrays are not those of the architecture.
     """
+    path, architecture, about = _look(path, architecture)
+    state = read(path)
+    architecture = architecture or _recognise(path, state)
+    config, classes = make_config(architecture, about), _num_classes(state, path)
+    return Imported(config, _class_names(classes), convert(state, models.create(architecture, classes), path, architecture))
+
+
+def _look(path, architecture):
+    """The file of the weights; the architecture, None where only the arrays tell it; and timm's `pretrained_cfg`."""
     about = {}
     if path.is_dir():
         about = _read_about(path) or {}
@@ -102,10 +133,7 @@ def load(path: epath.Path, architecture: str | None = None) -> Imported:
         path = path / portable.WEIGHTS
     if architecture is not None and architecture not in NAMES:
         raise ConfigError(f"architecture={architecture!r} is none of timm's halo models; use one of {', '.join(NAMES)}")
-    state = read(path)
-    architecture = architecture or _recognise(path, state)
-    config, classes = make_config(architecture, about.get("pretrained_cfg")), _num_classes(state, path)
-    return Imported(config, _class_names(classes), convert(state, models.create(architecture, classes), path, architecture))
+    return path, architecture, about.get("pretrained_cfg")
 
 
 def make_config(architecture: str, pretrained: Mapping[str, Any] | None = None) -> ml_collections.ConfigDict:

@@ -284,7 +284,7 @@ def tpu(kind, *sizes, axis_type=jax.sharding.AxisType.Auto):
          "the mesh has Explicit axes; give jax.make_mesh axis_types="),
         (tpu("TPU v5 lite", 4), "resnet50", {}, "attention on TPU v5 lite: none"),
         (tpu("TPU v5 lite", 4), "halonet26t", {}, "attention on TPU v5 lite: pallas for 3 of 3 layers"),
-        (tpu("TPU v5 lite", 4), "halonet26t", {"window": "centered"}, "(stage 4: windows centred on strided queries need tables by"),
+        (tpu("TPU v5 lite", 4), "halonet26t", {"window": "centered"}, "stage 4: windows centred on strided queries need tables by"),
         (tpu("TPU v5 lite", 4), "haloregnetz_b", {}, "(stages 3, 4: 24 channels per head neither divide 128 nor fit in there"),
         (None, "h1", {}, "attention on cpu: xla for 19 of 19 layers"),
         (None, "h1", {"attention_impl": "pallas", "halo_size": 9},
