@@ -111,9 +111,12 @@ class AttentionMap:
 
         half = self.rel_rows.shape[1]  # channels of one axis: half of the head's, or all
         center = b - 1 + h
+        table_row, table_column = row, column  # of the query, to the tables
+        if self.layer.adjacent_queries:
+            table_row, table_column = top + (row - top) // self.layer.stride, left + (column - left) // self.layer.stride
         logits = np.einsum("nd,rsnd->nrs", q, keys)
-        logits += np.einsum("nd,rd->nr", q[:, :half], self.rel_rows[rows - row + center])[:, :, None]
-        logits += np.einsum("nd,sd->ns", q[:, -half:], self.rel_cols[columns - column + center])[:, None, :]
+        logits += np.einsum("nd,rd->nr", q[:, :half], self.rel_rows[rows - table_row + center])[:, :, None]
+        logits += np.einsum("nd,sd->ns", q[:, -half:], self.rel_cols[columns - table_column + center])[:, None, :]
         logits *= self.logits_scale
         visible = inside if self.masked else np.ones_like(inside)
         if self.centered:

@@ -27,7 +27,7 @@ from halonet_jax.tasks.inputs import Inputs
 from halonet_jax.training import evaluation, sharding, step
 from halonet_jax.training.progress import check_classes
 from halonet_jax.training.task import Task
-from halonet_jax.weights import hub, load, load_config, portable
+from halonet_jax.weights import hub, load, load_config, portable, timm
 
 # How this entry spells what training sets by --config. Remedies name no other setting.
 _FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.name": "--data_name"}
@@ -58,8 +58,8 @@ def evaluate(
         data_dir: where the data is; None: where it was in training.
         batch_size: global; it does not change the result. None: as in training.
         data_name: of the TFDS data set; None: that of training.
-        model: a folder that `halonet_jax.export` wrote, or a path of `halonet_jax.load`. The result goes beside that folder, with
-            its name in front; that of a model on the hub goes into the current folder.
+        model: a folder that `halonet_jax.export` wrote, timm's weights, or another path of `halonet_jax.load`. The result
+            goes beside that folder, with its name in front; that of a model on the hub goes into the current folder.
         format: which export of `model` to run; None: weights, or the first that is there.
         out: folder for the result, in place of the above.
 
@@ -73,10 +73,13 @@ def evaluate(
     if (workdir is None) == (model is None):
         raise ConfigError("give either --workdir, the folder of a run, or --model, an exported folder or a name on the hub")
     path, config = load_config(workdir or model, exporting.patterns(format))
-    exported = portable.has_config(path)
+    imported = timm.is_timm(path)
+    exported = portable.has_config(path) or imported
     if format is not None and not exported:
         raise ConfigError(f"--format={format} is for exports, and {path} is a workdir; leave --format out")
-    format = exporting.find(path, format) if exported else None
+    if imported and format not in (None, "weights"):
+        raise ConfigError(f"--format={format} is for exports, and {path} holds timm's weights; leave --format out")
+    format = "weights" if imported else exporting.find(path, format) if exported else None
     own = dict(config.data)
     _configure(config, split, data_dir, data_name, batch_size, one_device=format not in (None, "weights"))
     if not exported:

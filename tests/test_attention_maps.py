@@ -12,9 +12,9 @@ from halonet_jax.models import BlockSpec
 from halonet_jax.training.task import Task
 
 
-def loaded_model(block_size=4, halo_size=1, blocks=1, **options):
+def loaded_model(block_size=4, halo_size=1, blocks=1, block=None, **options):
     """A model of two stages, the second with stride 2, and random weights."""
-    attention = dict(width=8, out_width=8, num_heads=2, block_size=block_size, halo_size=halo_size)
+    attention = dict(width=8, out_width=8, num_heads=2, block_size=block_size, halo_size=halo_size, **block or {})
     stages = [[BlockSpec("attention", **attention)] * blocks, [BlockSpec("attention", stride=2, **attention)]]
     model = models.create("h1", 3, stages=stages, stem="patch", stem_width=8, final_width=0, **options)
     variables = jax.jit(lambda: model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32), train=False))()
@@ -30,8 +30,9 @@ def loaded_model(block_size=4, halo_size=1, blocks=1, **options):
         dict(),
         dict(block_size=3, halo_size=2, padding="zero", blocks=3, scan=True),  # the stride does not divide the block
         dict(halo_size=2, window="centered", remat=True),
+        dict(padding="zero", block={"full_tables": True, "adjacent_queries": True}),
     ],
-    ids=["mask", "zero", "centered"],
+    ids=["mask", "zero", "centered", "timm"],
 )  # fmt: skip
 def test_weights_times_values_are_what_each_layer_gives(options):
     loaded = loaded_model(**options)

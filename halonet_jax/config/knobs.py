@@ -27,6 +27,7 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
 SOURCES = ("tfds", "folder", "digits")
+INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
 
@@ -94,7 +95,6 @@ MODEL = (
     Knob("bn_momentum", 0.9, Real(0, 0.999999), "", OPEN, "momentum of the running batch-norm statistics"),
     Knob("bn_epsilon", 1e-5, Real(0, 1), "", OPEN, "added to the variance in batch norm"),
     Knob("zero_init_residual", True, Switch(), "", OPEN, "residual branches start at zero"),
-    Knob("padding", "mask", Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros"),
     Knob("window", "neighborhood", Choice(WINDOWS), "", PAPER,
          "a query sees the whole neighbourhood of its block, or only a window centred on itself (SASA)"),
     Knob("attention_impl", "auto", Choice(selection.NAMES), "", OURS,
@@ -118,11 +118,13 @@ MODEL = (
          "width of the last 1x1 convolution (d_f); 0: no such layer"),
     Knob("stage_kinds", None, Tuple(Text(), 4, 4), "", PAPER, "spatial layer of each stage: attention or conv"),
     Knob("num_heads", None, Tuple(Whole(1, 2**16), 4, 4), "heads", PAPER, "number of heads in each stage"),
-    Knob("stem", None, Text(), "", PAPER, "conv: 7x7 convolution and max pool; patch: 4x4 convolution of stride 4"),
+    Knob("stem", None, Text(), "", PAPER,
+         "conv: 7x7 convolution and max pool; patch: 4x4 convolution of stride 4; or one of timm's, see models/stems.py"),
     Knob("se_kinds", None, Tuple(Text(), 1, 2), "", OPEN,
          "kinds of blocks with squeeze-and-excitation: attention, conv"),
     Knob("se_ratio", None, Real(0, 1), "", OPEN,
          "inner width of squeeze-and-excitation over the block's width; 0: off"),
+    Knob("padding", None, Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros; mask in the paper's models"),
     Knob("activation", None, Text(), "", PAPER, "activation function: silu or relu"),
 )
 
@@ -136,6 +138,8 @@ DATA = (
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
          "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),
     Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the shorter side of the image"),
+    Knob("interpolation", "area_bicubic", Choice(INTERPOLATIONS), "", OPEN,
+         "area_bicubic: averages of 2x2 pixels, then bicubic, by OpenCV; bicubic: antialiased, by Pillow, as in timm"),
     Knob("crop_scale", (0.08, 1.0), Tuple(Real(1e-6, 1), 2, 2, rising=True), "", OPEN,
          "random resized crop: range of the share of the image's area"),
     Knob("crop_ratio", (3 / 4, 4 / 3), Tuple(Real(0.01, 100), 2, 2, rising=True), "", OPEN,

@@ -32,6 +32,7 @@ class ClassificationTransform:
         self.num_classes, self.training = num_classes, training
         self.upright = c.source == "folder" if upright is None else upright
         self.image_size, self.eval_crop, self.max_pixels = c.image_size, c.eval_crop, c.max_pixels
+        self.interpolation = c.interpolation
         self.crop_scale, self.crop_ratio, self.flip = tuple(c.crop_scale), tuple(c.crop_ratio), c.flip
         self.randaugment_layers, self.randaugment_magnitude = c.randaugment_layers, c.randaugment_magnitude
         self.randaugment_ops = tuple(c.randaugment_ops)

@@ -59,10 +59,14 @@ def expected_metadata(config: ml_collections.ConfigDict) -> dict:
     return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
 
 
+# In words, for those who use the model elsewhere.
+_INTERPOLATIONS = {"area_bicubic": "area, then bicubic", "bicubic": "antialiased bicubic of the image, then crop"}
+
+
 def _preprocessing(config):
     d = config.data
     return {
-        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": "area, then bicubic",
+        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": _INTERPOLATIONS[d.interpolation],
         "mean": list(d.mean), "std": list(d.std),
     }  # fmt: skip
 

@@ -16,7 +16,7 @@ from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.training import checkpoint, sharding
 from halonet_jax.training.progress import Progress
 from halonet_jax.training.task import Task
-from halonet_jax.weights import hub, portable
+from halonet_jax.weights import hub, portable, timm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Loaded:
 
 
 def load_config(folder: str, files: tuple[str, ...] = hub.WEIGHTS) -> tuple[epath.Path, ml_collections.ConfigDict]:
-    """Reads the config of a run or of a portable folder.
+    """Reads the config of a run or of a portable folder, or makes that of timm's weights.
 
     Args:
         folder: a path as `load` takes it, or a folder of any of the formats that `halonet_jax.export` writes.
@@ -85,9 +85,11 @@ def load_config(folder: str, files: tuple[str, ...] = hub.WEIGHTS) -> tuple[epat
 
     Raises:
         ConfigError: the folder holds no config, or a damaged one.
-        CheckpointError: the folder is portable and its config is damaged.
+        CheckpointError: the folder is portable and its config is damaged, or timm's weights are none that we know.
     """
     path = locate(folder, files)
+    if timm.is_timm(path):
+        return path, timm.read_config(path)
     if portable.has_config(path):
         return path, portable.read_config(path).config
     try:
@@ -115,6 +117,7 @@ def load(
     step: int | str = "latest",
     weights: str | None = None,
     mesh: jax.sharding.Mesh | None = None,
+    architecture: str | None = None,
 ) -> Loaded:
     """Loads trained weights with everything that is needed to use them.
 
@@ -123,10 +126,13 @@ def load(
 
     Args:
         path: the workdir of a training run, local or `gs://`; a folder that `halonet_jax.export` wrote with
-            `--format=weights`; or such a folder on the Hugging Face hub, `hf://OWNER/NAME[@REVISION]`.
+            `--format=weights`; a file of weights of one of timm's halo models, safetensors or `torch.save`; or a folder of
+            weights, ours or timm's, on the Hugging Face hub, `hf://OWNER/NAME[@REVISION]`.
         step: of a workdir: a step number, "latest" or "best" (by the task's primary metric).
         weights: of a workdir: "raw", or "ema" for their moving average; None is "ema" where the run kept one.
         mesh: the weights are copied to each of its devices; None is all devices of this run.
+        architecture: of timm's weights, one of `halonet_jax.weights.timm.NAMES`. None: what their `config.json` says, or
+            the one whose arrays the file has.
 
     Raises:
         ConfigError: there is no model at `path`, or an argument breaks a rule above.
@@ -136,6 +142,10 @@ def load(
         raise ConfigError(f"weights={weights!r} is unknown; use 'raw' or 'ema'")
     mesh = mesh or sharding.make_mesh()
     folder = locate(path)
+    if timm.is_timm(folder):
+        return _load_timm(folder, step, weights, architecture, mesh)
+    if architecture is not None:
+        raise ConfigError(f"architecture={architecture!r} is for timm's weights, and {folder} holds none; leave it out")
     if portable.is_portable(folder) or portable.has_config(folder):
         return _load_portable(folder, step, weights, mesh)
     folder, config = load_config(str(folder))
@@ -167,6 +177,16 @@ def _load_portable(folder, step, weights, mesh):
         raise CheckpointError(f"{folder} holds no {portable.WEIGHTS}; export it with weights among the --format")
     variables = portable.read_variables(folder, _abstract(task, mesh))
     return Loaded(about.config, task, variables, about.metadata, about.step, about.weights, folder, about.figures)
+
+
+def _load_timm(path, step, weights, architecture, mesh):
+    found = timm.load(path, architecture)
+    metadata = tasks.find(found.config).expected_metadata(found.config) | {"class_names": found.class_names}
+    portable.check_holds(path, portable.Portable(found.config, metadata, 0, "raw", {}), step, weights)
+    _neutralize(found.config)
+    task = tasks.make_task(found.config, metadata)
+    variables = jax.tree.map(lambda like, x: jax.device_put(x, like.sharding), _abstract(task, mesh), found.variables)
+    return Loaded(found.config, task, variables, metadata, 0, "raw", path)
 
 
 def _neutralize(config):
