@@ -93,10 +93,12 @@ def test_a_folder_of_the_hub(tmp_path, monkeypatch):
     about = {"architecture": "halonet26t", "pretrained_cfg": {"input_size": [3, 288, 288], "crop_pct": 1.0}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     asked = []
-    monkeypatch.setattr(hub, "download", lambda path: asked.append(path) or tmp_path)
+    monkeypatch.setattr(hub, "download", lambda path, files: asked.append(path) or tmp_path)
     loaded = weights.load("hf://timm/halonet26t.a1h_in1k")
     assert asked == ["hf://timm/halonet26t.a1h_in1k"] and loaded.config.model.name == "halonet26t"
     assert (loaded.config.data.image_size, loaded.config.data.eval_crop) == (288, 1.0)
+    path, config = weights.load_config("hf://timm/halonet26t.a1h_in1k")  # as evaluation does first
+    assert path == tmp_path and config.model.name == "halonet26t" and config.data.image_size == 288
     (tmp_path / "config.json").write_text(json.dumps(about | {"pretrained_cfg": {"mean": "dark"}}))
     with pytest.raises(errors.ConfigError, match="pretrained_cfg of config.json has damaged preprocessing"):
         weights.load("hf://timm/halonet26t.a1h_in1k")

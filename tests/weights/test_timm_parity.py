@@ -5,9 +5,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from halonet_jax import weights
+from halonet_jax import data, weights
 from halonet_jax.models import timm as architectures
+from halonet_jax.weights import timm as importer
 
 torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
@@ -61,3 +63,16 @@ def test_logits_and_features(name, tmp_path):
     sizes = [float(x.std()) for x in (logits, *maps)]
     print(name, "errors of logits and maps:", *(f"{x:.1e}" for x in errors), "std:", *(f"{x:.2g}" for x in sizes))
     assert max(errors) <= 1e-4
+
+
+@pytest.mark.parametrize("height, width", [(300, 401), (517, 280), (60, 90), (256, 300)])
+@pytest.mark.parametrize("name", ["halonet26t", "halonet50ts", "haloregnetz_b"])
+def test_preprocessing(name, height, width):
+    """Within 1 of 255 of timm's own evaluation transform; both are Pillow's filter, so that nothing differs."""
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    cfg = timm.create_model(name).pretrained_cfg
+    kwargs = {"interpolation": "bicubic", "crop_pct": cfg["crop_pct"], "mean": (0, 0, 0), "std": (1, 1, 1)}
+    transform = timm.data.create_transform(cfg["input_size"], is_training=False, **kwargs)
+    theirs = transform(Image.fromarray(image)).permute(1, 2, 0).numpy() * 255
+    ours = data.eval_transform(image, importer.make_config(name).data)
+    assert np.abs(ours - theirs).max() < 0.01
