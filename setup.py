@@ -53,6 +53,7 @@ setup(
         "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
         "hub": ["huggingface_hub>=0.30"],  # models named hf://OWNER/NAME
         "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.20"],  # pip takes the newest jax2onnx that fits orbax-checkpoint
+        "timm": ["torch>=2.5", "timm>=1.0.9"],  # weights that torch.save wrote; timm's models beside ours in the tests
         "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench/bench_*.py
     },
 )
