@@ -81,7 +81,7 @@ def test_distances_count_blocks_from_the_top(scan):
 def test_milestones():
     config = config_lib.imagenet()
     config.batch_size = config.schedule.learning_rate_batch_size = 10
-    config.schedule.update(dict(name="milestones", milestones=(3.0, 5.0), warmup_epochs=1.0, learning_rate=1.0))
+    config.schedule.update(dict(milestones=(3.0, 5.0), warmup_epochs=1.0, learning_rate=1.0))
     rates = [float(optimizer.make_schedule(config, 80, 10.0)(step)) for step in (0, 5, 10, 29, 31, 49, 51, 79)]
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
 
@@ -138,7 +138,7 @@ def test_a_run_starts_from_another_and_a_resumed_one_from_itself(scans, tmp_path
     [
         ({"init_from": "/nowhere"}, "init_from='/nowhere': .*holds no config.json"),
         ({"model.freeze": ("stem*",)}, r"model.freeze has 'stem\*', which matches no parameter"),
-        ({"schedule.name": "milestones"}, "does not go with schedule.milestones"),
+        ({"schedule.milestones": (0.5,), "schedule.warmup_epochs": 1.0}, "begins within the warm-up of 1.0 epochs"),
     ],
 )
 def test_mistakes(scans, tmp_path, options, message):

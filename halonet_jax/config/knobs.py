@@ -182,10 +182,10 @@ SCHEDULE = (
     Knob("learning_rate_batch_size", 256, Whole(0), "images", PAPER, "see learning_rate; 0: no scaling"),
     Knob("warmup_epochs", 10.0, Real(0, 1e6), "epochs", PAPER,
          "length of the linear warm-up from 0; at most num_epochs"),
-    Knob("name", "cosine", Choice(("cosine", "milestones")), "", PAPER, "what follows the warm-up: a cosine, or steps"),
     Knob("end_factor", 1 / 128, Real(0, 1), "", PAPER, "end of the cosine, as a share of the peak"),
     Knob("milestones", (), EmptyOr(Tuple(Real(0, 1e6), 1, 100, rising=True)), "epochs", PAPER,
-         "with name=milestones: when the rate is multiplied by milestone_factor (the paper's detectors)", (60.0, 65.0)),
+         "when the rate is multiplied by milestone_factor, in place of the cosine (the paper's detectors); (): the cosine",
+         (60.0, 65.0)),
     Knob("milestone_factor", 0.1, Real(0, 1), "", PAPER, "see milestones"),
 )
 

@@ -95,16 +95,11 @@ def _check_schedule(config):
             f"schedule.warmup_epochs={warmup} must be between 0 and num_epochs={config.num_epochs}; for example "
             f"--config.schedule.warmup_epochs={config.num_epochs / 10}"
         )
-    name, milestones = config.schedule.name, config.schedule.milestones
-    if (name == "milestones") != bool(milestones):
-        raise ConfigError(
-            f"schedule.name={name!r} does not go with schedule.milestones={milestones}; set both, for example "
-            "--config.schedule.name=milestones --config.schedule.milestones='(30.0,60.0)', or neither"
-        )
+    milestones = config.schedule.milestones
     if milestones and milestones[0] < warmup:
         raise ConfigError(
             f"schedule.milestones={milestones} begins within the warm-up of {warmup} epochs; the first must be at least "
-            f"schedule.warmup_epochs"
+            f"schedule.warmup_epochs; for example --config.schedule.milestones='({warmup + 30},{warmup + 60})'"
         )
 
 

@@ -11,7 +11,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
     """Returns the schedule: linear warm-up from 0, then a cosine (paper, appendix) or steps (the paper's detectors).
 
     The peak is `learning_rate * batch_size / learning_rate_batch_size`. The cosine ends at `end_factor` of the peak, at
-    `total_steps`. With `name="milestones"`, the rate is multiplied by `milestone_factor` at each milestone.
+    `total_steps`. With `milestones`, the rate is multiplied by `milestone_factor` at each of them instead.
 
     Args:
         config: the whole config; `schedule` and `batch_size` are read.
@@ -26,7 +26,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
     if s.learning_rate_batch_size:
         peak *= config.batch_size / s.learning_rate_batch_size
     warmup_steps = min(round(s.warmup_epochs * steps_per_epoch), total_steps - 1)
-    if s.name == "milestones":
+    if s.milestones:
         drops = {round(epoch * steps_per_epoch) - warmup_steps: s.milestone_factor for epoch in s.milestones}
         steps = optax.piecewise_constant_schedule(peak, drops)
         return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), steps], [warmup_steps])
