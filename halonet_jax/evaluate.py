@@ -72,7 +72,7 @@ def evaluate(
     """
     if (workdir is None) == (model is None):
         raise ConfigError("give either --workdir, the folder of a run, or --model, an exported folder or a name on the hub")
-    path, config = load_config(workdir or model, exporting.patterns(format))
+    path, config = load_config(model if workdir is None else workdir, exporting.patterns(format))
     imported = timm.is_timm(path)
     exported = portable.has_config(path) or imported
     if format is not None and not exported:
