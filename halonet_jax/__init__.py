@@ -11,3 +11,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 # OpenCV's remarks on damaged files: the loader names the file itself.
 os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+
+
+def load(path, *args, **kwargs):
+    """Loads trained weights with everything that is needed to use them: `halonet_jax.weights.load`."""
+    from halonet_jax import weights  # late: it imports JAX, which workers that only read images do without
+
+    return weights.load(path, *args, **kwargs)

@@ -29,12 +29,15 @@ def define_flags() -> None:
     flags.DEFINE_integer("peer_timeout", distributed.PEER_TIMEOUT, help_text, 1)
 
 
-def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) -> None:
+def run(main: Callable[..., int | None], required_flags: tuple[str, ...] = (), positional: str = "") -> None:
     """Parses flags, runs `main` and exits with its code. After a failure it exits with a code of `runtime.stopping`.
 
     Args:
-        main: the entry. Its own flags must be defined already. It returns an exit code, or None for 0.
+        main: the entry. Its own flags must be defined already. It returns an exit code, or None for 0. With `positional`, it
+            takes the list of the arguments that are no flags.
         required_flags: names of the flags that must be given.
+        positional: what the arguments that are no flags name, such as "image files or folders"; at least one must be given,
+            before, after or between flags. "": the entry takes none.
     """
     define_flags()
 
@@ -45,11 +48,11 @@ def run(main: Callable[[], int | None], required_flags: tuple[str, ...] = ()) ->
             _quiet_orbax()
         f = flags.FLAGS
         distributed.initialize(f.coordinator_address, f.num_processes, f.process_id, f.peer_timeout)
-        return main()
+        return main(argv[1:]) if positional else main()
 
     code = 0
     try:
-        app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags))
+        app.run(guarded, flags_parser=lambda argv: _parse(argv, required_flags, positional))
     except SystemExit as done:  # absl always exits this way
         code = done.code or 0
     except errors.UserError as error:
@@ -107,11 +110,13 @@ def _runtime_failure(error):
     return 1
 
 
-def _parse(argv, required_flags):
+def _parse(argv, required_flags, positional):
     """Parses flags as absl does, with one line for each mistake. absl prints a page or a traceback for some."""
+    if positional:
+        flags.FLAGS.set_gnu_getopt()  # otherwise the first argument that is no flag ends the flags
     try:
         rest = flags.FLAGS(argv)
-        for name in required_flags:
+        for name in flags.FLAGS:
             getattr(flags.FLAGS[name].value, "lock", None)  # a missing config file fails only at its first use
     except flags.Error as error:
         # When a recipe raises, absl's message holds the whole traceback. For a ConfigError the last line is enough.
@@ -126,11 +131,13 @@ def _parse(argv, required_flags):
         if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
             raise  # a fault in the recipe's own code: its traceback helps
         raise UsageError(f"the config has no key {_unknown_key(error)}") from None
-    if len(rest) > 1:
+    if len(rest) > 1 and not positional:
         raise UsageError(f"unknown argument {rest[1]!r}; flags look like --name=value")
     for name in required_flags:
         if flags.FLAGS[name].value is None:
             raise UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")
+    if positional and len(rest) == 1:
+        raise UsageError(f"nothing to work on was given; give {positional} after the flags")
     return rest
 
 

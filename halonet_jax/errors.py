@@ -21,6 +21,10 @@ class CheckpointError(UserError):
     """There is no checkpoint to restore, or it belongs to another model."""
 
 
+class ExportError(UserError):
+    """A model cannot be exported, or an export does not compute what the checkpoint does."""
+
+
 class StorageError(OSError):
     """The workdir cannot be written. The message says what is safe and what to do."""
 

@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags, logging
 from ml_collections import config_flags
 
-from halonet_jax import __version__, command_line, tasks
+from halonet_jax import __version__, command_line, starting, tasks
 from halonet_jax import config as config_lib
 from halonet_jax.errors import Stopped
 from halonet_jax.runtime import distributed, lease, plots, profiling, reporting, stopping
@@ -137,7 +137,8 @@ def prepare(
     progress = Progress(metadata, len(train_source), config.batch_size)
     watchdog.doing("creating or restoring the state")
     if checkpointer.latest_step() is None:
-        state = stop.interruptible(lambda: jax.block_until_ready(program.create_state()))
+        create = lambda: starting.create(config.init_from, task, program)
+        state = stop.interruptible(lambda: jax.block_until_ready(create()))
     else:
         restore = lambda: checkpointer.restore(program.abstract_state, program.create_state)
         state, record = stop.interruptible(lambda: jax.block_until_ready(restore()))

@@ -3,8 +3,7 @@
 Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--config.data.image_size=224`. The knobs of
 the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
-Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole`
-    without
+Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
 an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
 
 Sources:
@@ -28,6 +27,7 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
 SOURCES = ("tfds", "folder", "digits")
+INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
 
@@ -58,6 +58,8 @@ RUN = (
     Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # upper limit of jax.random.key
          "seed of initial parameters, order of examples, augmentation and dropout"),
     Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`"),
+    Knob("init_from", "", Text(may_be_empty=True), "", PAPER,
+         "weights to start from: a workdir, a folder of halonet_jax.export, or hf://OWNER/NAME; empty: random ones"),
     Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "size of a training batch, over all devices and hosts"),
     Knob("eval_batch_size", 0, Whole(0, 2**20), "images", OURS, "size of an evaluation batch; 0: batch_size"),
     Knob("num_epochs", 350.0, Real(0, 1e6), "epochs", PAPER, "length of the run and of the learning-rate schedule"),
@@ -93,7 +95,6 @@ MODEL = (
     Knob("bn_momentum", 0.9, Real(0, 0.999999), "", OPEN, "momentum of the running batch-norm statistics"),
     Knob("bn_epsilon", 1e-5, Real(0, 1), "", OPEN, "added to the variance in batch norm"),
     Knob("zero_init_residual", True, Switch(), "", OPEN, "residual branches start at zero"),
-    Knob("padding", "mask", Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros"),
     Knob("window", "neighborhood", Choice(WINDOWS), "", PAPER,
          "a query sees the whole neighbourhood of its block, or only a window centred on itself (SASA)"),
     Knob("attention_impl", "auto", Choice(selection.NAMES), "", OURS,
@@ -101,6 +102,9 @@ MODEL = (
     Knob("remat", False, Switch(), "", OURS, "recompute activations in the backward pass: less memory, more time"),
     Knob("scan", False, Switch(), "", OURS,
          "loop over the equal blocks of a stage: compiles faster, more memory traffic"),
+    Knob("freeze", (), Tuple(Text(), 0, 100), "", OURS,
+         "patterns of parameters that are not trained, batch-norm statistics included, such as backbone/stage1_*",
+         ("backbone/stem*", "backbone/stage1_*")),
     # From here on, None means the value of the variant, from `halonet_jax/models/variants.py`.
     Knob("block_size", None, Whole(1, 1024), "positions", PAPER, "side of a block of queries (b)"),
     Knob("halo_size", None, Whole(0, 1024), "positions", PAPER, "width of the halo around a block (h)"),
@@ -114,11 +118,13 @@ MODEL = (
          "width of the last 1x1 convolution (d_f); 0: no such layer"),
     Knob("stage_kinds", None, Tuple(Text(), 4, 4), "", PAPER, "spatial layer of each stage: attention or conv"),
     Knob("num_heads", None, Tuple(Whole(1, 2**16), 4, 4), "heads", PAPER, "number of heads in each stage"),
-    Knob("stem", None, Text(), "", PAPER, "conv: 7x7 convolution and max pool; patch: 4x4 convolution of stride 4"),
+    Knob("stem", None, Text(), "", PAPER,
+         "conv: 7x7 convolution and max pool; patch: 4x4 convolution of stride 4; or one of timm's, see models/stems.py"),
     Knob("se_kinds", None, Tuple(Text(), 1, 2), "", OPEN,
          "kinds of blocks with squeeze-and-excitation: attention, conv"),
     Knob("se_ratio", None, Real(0, 1), "", OPEN,
          "inner width of squeeze-and-excitation over the block's width; 0: off"),
+    Knob("padding", None, Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros; mask in the paper's models"),
     Knob("activation", None, Text(), "", PAPER, "activation function: silu or relu"),
 )
 
@@ -132,6 +138,8 @@ DATA = (
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
          "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),
     Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the shorter side of the image"),
+    Knob("interpolation", "area_bicubic", Choice(INTERPOLATIONS), "", OPEN,
+         "area_bicubic: averages of 2x2 pixels, then bicubic, by OpenCV; bicubic: antialiased, by Pillow, as in timm"),
     Knob("crop_scale", (0.08, 1.0), Tuple(Real(1e-6, 1), 2, 2, rising=True), "", OPEN,
          "random resized crop: range of the share of the image's area"),
     Knob("crop_ratio", (3 / 4, 4 / 3), Tuple(Real(0.01, 100), 2, 2, rising=True), "", OPEN,
@@ -163,6 +171,8 @@ OPTIMIZER = (
     Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
          "weight decay of kernels; norms, biases and relative tables have none (OPEN)"),
     Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "upper limit of the gradient's global norm; 0: no clipping"),
+    Knob("layer_decay", 1.0, Real(0.01, 1), "", OURS,
+         "the learning rate of each block over that of the block above it, for fine-tuning; 1: all the same"),
     Knob("accumulation_steps", 1, Whole(1, 2**20), "micro-batches", OURS, "number of micro-batches per step"),
 )
 
@@ -173,6 +183,10 @@ SCHEDULE = (
     Knob("warmup_epochs", 10.0, Real(0, 1e6), "epochs", PAPER,
          "length of the linear warm-up from 0; at most num_epochs"),
     Knob("end_factor", 1 / 128, Real(0, 1), "", PAPER, "end of the cosine, as a share of the peak"),
+    Knob("milestones", (), EmptyOr(Tuple(Real(0, 1e6), 1, 100, rising=True)), "epochs", PAPER,
+         "when the rate is multiplied by milestone_factor, in place of the cosine (the paper's detectors); (): the cosine",
+         (60.0, 65.0)),
+    Knob("milestone_factor", 0.1, Real(0, 1), "", PAPER, "see milestones"),
 )
 
 MESH = (

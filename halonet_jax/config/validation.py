@@ -95,6 +95,12 @@ def _check_schedule(config):
             f"schedule.warmup_epochs={warmup} must be between 0 and num_epochs={config.num_epochs}; for example "
             f"--config.schedule.warmup_epochs={config.num_epochs / 10}"
         )
+    milestones = config.schedule.milestones
+    if milestones and milestones[0] < warmup:
+        raise ConfigError(
+            f"schedule.milestones={milestones} begins within the warm-up of {warmup} epochs; the first must be at least "
+            f"schedule.warmup_epochs; for example --config.schedule.milestones='({warmup + 30},{warmup + 60})'"
+        )
 
 
 def _check_batches(config, device_count):

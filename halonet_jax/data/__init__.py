@@ -4,6 +4,7 @@ from halonet_jax.data import randaugment
 from halonet_jax.data.classification import ClassificationTransform
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Field, Source, Transform
+from halonet_jax.data.files import FileSource
 from halonet_jax.data.folder import FolderSource
 from halonet_jax.data.images import (
     center_crop,
@@ -25,6 +26,7 @@ __all__ = [
     "DataError",
     "DigitsSource",
     "Field",
+    "FileSource",
     "FolderSource",
     "Loader",
     "Source",

@@ -16,6 +16,8 @@ class ClassificationTransform:
         data_config: the config's `data` block. Its values are copied: later changes have no effect.
         num_classes: labels run from 0 to `num_classes - 1`.
         training: True: random crop, flip and RandAugment, as configured. False: central crop.
+        upright: whether encoded images are turned as their EXIF orientation says. None: those of an image folder are; TFDS
+            images are not, so that ImageNet's accuracy stays comparable: published figures ignore the orientation.
 
     Attributes:
         fields: `image`, uint8 [image_size, image_size, 3], and `label`, int32 [].
@@ -24,11 +26,13 @@ class ClassificationTransform:
         DataError: for an unknown name in `randaugment_ops`.
     """
 
-    def __init__(self, data_config, *, num_classes: int, training: bool):
+    def __init__(self, data_config, *, num_classes: int, training: bool, upright: bool | None = None):
         c = data_config
         randaugment.check_ops(c.randaugment_ops)
         self.num_classes, self.training = num_classes, training
+        self.upright = c.source == "folder" if upright is None else upright
         self.image_size, self.eval_crop, self.max_pixels = c.image_size, c.eval_crop, c.max_pixels
+        self.interpolation = c.interpolation
         self.crop_scale, self.crop_ratio, self.flip = tuple(c.crop_scale), tuple(c.crop_ratio), c.flip
         self.randaugment_layers, self.randaugment_magnitude = c.randaugment_layers, c.randaugment_magnitude
         self.randaugment_ops = tuple(c.randaugment_ops)
@@ -47,7 +51,7 @@ class ClassificationTransform:
         """
         image, label = record["image"], int(record["label"])
         if isinstance(image, bytes):
-            image = images.decode(image, self.max_pixels)
+            image = images.decode(image, self.max_pixels, self.upright)
         elif image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
             raise CorruptImage(f"an array {image.dtype}{list(image.shape)} instead of uint8[h, w, 3]")
         if not 0 <= label < self.num_classes:

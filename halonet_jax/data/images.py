@@ -7,9 +7,9 @@ import math
 import cv2
 import numpy as np
 import simplejpeg
-from PIL import BmpImagePlugin, JpegImagePlugin
+from PIL import BmpImagePlugin, Image, JpegImagePlugin
 
-from halonet_jax.data import randaugment
+from halonet_jax.data import orientation, randaugment
 from halonet_jax.errors import CorruptImage
 
 # The loader's threads are the parallelism; OpenCV's own would only contend with them.
@@ -19,16 +19,18 @@ _CROP_TRIES = 10
 _JPEG_START = b"\xff\xd8"
 
 
-def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
+def decode(encoded: bytes, max_pixels: int = 2**27, upright: bool = False) -> np.ndarray:
     """Decodes a JPEG, PNG, WebP or BMP file.
 
     Gray is repeated over the three channels, palettes are looked up, CMYK is converted, 16-bit values keep their
-    upper byte, alpha is dropped (not blended), and an EXIF orientation is ignored: pixels come as they are stored.
-    A JPEG with damaged bytes decodes as long as it has its end, as in other decoders; some of its pixels are wrong.
+    upper byte, alpha is dropped (not blended), and an animation gives its first frame. A JPEG with damaged bytes decodes
+    as long as it has its end, as in other decoders; some of its pixels are wrong.
 
     Args:
         encoded: the whole file.
         max_pixels: most pixels, height times width. The header's numbers count: nothing is decoded before.
+        upright: turn the pixels as the file's EXIF orientation says. False: they come as they are stored, as ImageNet's
+            have always been read.
 
     Returns:
         uint8 [h, w, 3], RGB.
@@ -36,6 +38,11 @@ def decode(encoded: bytes, max_pixels: int = 2**27) -> np.ndarray:
     Raises:
         CorruptImage: if the file is empty, truncated, too large or no image; the message is the reason.
     """
+    image = _stored_pixels(encoded, max_pixels)
+    return orientation.turn(image, orientation.read(encoded)) if upright else image
+
+
+def _stored_pixels(encoded, max_pixels):
     if not encoded:
         raise CorruptImage("the file is empty")
     width, height = _header_size(encoded)
@@ -147,12 +154,15 @@ def _check_end(jpeg):
 _NO_LENGTH = {bytes([b]) for b in (0x00, 0x01, 0xFF, *range(0xD0, 0xDA))}
 
 
-def resize(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes [h, w, 3] to [size, size, 3]: averages 2×2 pixels while that leaves enough, then bicubic.
+def resize(image: np.ndarray, size: int, interpolation: str = "area_bicubic") -> np.ndarray:
+    """Resizes [h, w, 3] to [size, size, 3].
 
-    So a strong reduction does not alias, and costs a tenth of OpenCV's area averaging by an odd factor. An odd last row
-    or column is left out of an average.
+    "area_bicubic" averages 2×2 pixels while that leaves enough, then is bicubic. So a strong reduction does not alias,
+    and costs a tenth of OpenCV's area averaging by an odd factor. An odd last row or column is left out of an average.
+    "bicubic" is Pillow's filter, which widens with the reduction.
     """
+    if interpolation == "bicubic":
+        return _pillow_bicubic(image, size, size)
     while min(image.shape[:2]) >= 2 * size:
         h, w = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
@@ -167,6 +177,7 @@ def random_resized_crop(
     size: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    interpolation: str = "area_bicubic",
 ) -> np.ndarray:
     """Crops a random rectangle and resizes it to a square (Inception crop, arXiv 1409.4842, section 6).
 
@@ -178,6 +189,7 @@ def random_resized_crop(
         size: side of the result, pixels.
         scale: range of the rectangle's share of the area, uniform.
         ratio: range of its width over height, log-uniform.
+        interpolation: of `resize`.
 
     Returns:
         [size, size, 3].
@@ -190,10 +202,10 @@ def random_resized_crop(
         crop_w, crop_h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
         if 0 < crop_w <= w and 0 < crop_h <= h:
             top, left = rng.integers(h - crop_h + 1), rng.integers(w - crop_w + 1)
-            return resize(image[top : top + crop_h, left : left + crop_w], size)
+            return resize(image[top : top + crop_h, left : left + crop_w], size, interpolation)
     shape = min(max(w / h, ratio[0]), ratio[1])
     crop_w, crop_h = min(w, round(h * shape)), min(h, round(w / shape))
-    return resize(_central(image, max(crop_h, 1), max(crop_w, 1)), size)
+    return resize(_central(image, max(crop_h, 1), max(crop_w, 1)), size, interpolation)
 
 
 def horizontal_flip(image: np.ndarray) -> np.ndarray:
@@ -207,10 +219,32 @@ def center_crop(image: np.ndarray, size: int, fraction: float) -> np.ndarray:
     return resize(_central(image, side, side), size)
 
 
+def resize_and_crop(image: np.ndarray, size: int, fraction: float) -> np.ndarray:
+    """Resizes by antialiased bicubic, then crops the central [size, size, 3], as timm and torchvision do.
+
+    Args:
+        image: [h, w, 3].
+        size: side of the result, pixels.
+        fraction: `size` over the shorter side between the two steps; timm's `crop_pct`.
+    """
+    h, w = image.shape[:2]
+    short = max(size, math.floor(size / fraction))
+    scaled_h, scaled_w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    image = _pillow_bicubic(image, scaled_h, scaled_w)
+    top, left = round((scaled_h - size) / 2), round((scaled_w - size) / 2)
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
+
+
+def _pillow_bicubic(image, height, width):
+    if image.shape[:2] == (height, width):
+        return image
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+
+
 def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) -> np.ndarray:
     """Random resized crop, flip, RandAugment, as configured; uint8 [h, w, 3] to [size, size, 3]."""
     c = data_config
-    image = random_resized_crop(image, rng, c.image_size, c.crop_scale, c.crop_ratio)
+    image = random_resized_crop(image, rng, c.image_size, c.crop_scale, c.crop_ratio, c.interpolation)
     if c.flip and rng.random() < 0.5:
         image = horizontal_flip(image)
     if c.randaugment_layers:
@@ -220,6 +254,8 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) ->
 
 def eval_transform(image: np.ndarray, data_config) -> np.ndarray:
     """Central crop, as configured; uint8 [h, w, 3] to [size, size, 3]."""
+    if data_config.interpolation == "bicubic":
+        return resize_and_crop(image, data_config.image_size, data_config.eval_crop)
     return center_crop(image, data_config.image_size, data_config.eval_crop)
 
 

@@ -98,6 +98,7 @@ class Loader:
 
     Attributes:
         num_corrupt: examples replaced (train) or masked (eval) in the batches handed out so far.
+        corrupt: the reason for each of them, by name.
 
     Raises:
         DataError: if data workers are asked for and the folder for temporary files cannot be written.
@@ -105,7 +106,7 @@ class Loader:
 
     def __init__(self, examples: Examples, options, flag: Callable[[str], str] = "--config.{}".format):
         self.num_corrupt = 0
-        self._named = set()
+        self.corrupt: dict[str, str] = {}
         self._examples, self._flag = examples, flag
         self._num_given = 0
         self._ahead = Ahead(examples, options)
@@ -138,8 +139,8 @@ class Loader:
         self._num_given += 1
         self.num_corrupt += sum(bool(pairs) for pairs in batch["corrupt"])
         for name, reason in (pair for pairs in batch["corrupt"] for pair in pairs):
-            if name not in self._named:
-                self._named.add(name)
+            if name not in self.corrupt:
+                self.corrupt[name] = reason
                 logging.warning("Skipped corrupt image %s: %s", name, reason)
         return batch["fields"]
 

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from halonet_jax.models import blocks, checks, transfer, variants
+from halonet_jax.models import blocks, checks, freezing, transfer, variants
 from halonet_jax.models.blocks import BlockSpec
 from halonet_jax.models.halonet import Backbone, HaloNet
 from halonet_jax.models.layers import HaloAttention
-from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
+from halonet_jax.ops.halo_attention import WINDOWS
 from halonet_jax.ops.selection import NAMES
 
-__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "names", "stages", "transfer"]
+__all__ = ["Backbone", "BlockSpec", "HaloAttention", "HaloNet", "create", "freezing", "names", "stages", "transfer"]
 
 # What `create` takes beside the architecture: settings of `Backbone`, with their defaults, and of `HaloNet`.
 _SETTINGS = {
@@ -48,7 +48,7 @@ def stages(name: str, **overrides) -> blocks.Stages:
 def create(
     name: str, num_classes: int = 1000, *, stages: Sequence[Sequence[BlockSpec]] | None = None, **overrides
 ) -> HaloNet:
-    """Builds a model of the paper, or one with other blocks.
+    """Builds a model of the paper or of timm, or one with other blocks.
 
         model = create("h4")
         variables = model.init(jax.random.key(0), images, train=False)  # images [batch, height, width, 3]
@@ -62,8 +62,8 @@ def create(
         stages: for each stage its blocks, in place of the model's own. A stage may mix blocks of all kinds. None: the
             model's own.
         **overrides: any key of `variants.DEFAULTS` (the architecture), or of `dropout_rate`, `stochastic_depth_rate`,
-            `bn_group_size`, `bn_momentum`, `bn_epsilon`, `zero_init_residual`, `padding`, `window`, `attention_impl`,
-            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`.
+            `bn_group_size`, `bn_momentum`, `bn_epsilon`, `zero_init_residual`, `window`, `attention_impl`,
+            `dtype` (of activations: "float32" or "bfloat16"), `remat`, `scan`, `freeze`.
 
     Raises:
         ValueError: for an unknown name or key, or an impossible value or combination.
@@ -84,7 +84,7 @@ def create(
     dropout_rate = settings.pop("dropout_rate")
     backbone = Backbone(
         stages=blocks.as_stages(stages), stem=variant["stem"], stem_width=variant["stem_width"],
-        activation=variant["activation"], **settings | {"dtype": jnp.dtype(settings["dtype"])},
+        activation=variant["activation"], padding=variant["padding"], **settings | {"dtype": jnp.dtype(settings["dtype"])},
     )  # fmt: skip
     return HaloNet(backbone=backbone, num_classes=num_classes, final_width=variant["final_width"], dropout_rate=dropout_rate)
 
@@ -97,13 +97,14 @@ def _check_settings(settings: dict[str, Any]):
     checks.whole("bn_group_size", settings["bn_group_size"], 0)
     checks.real("bn_momentum", settings["bn_momentum"], 0, 1)
     checks.real("bn_epsilon", settings["bn_epsilon"], 0)
-    checks.choice("padding", settings["padding"], PADDINGS)
     checks.choice("window", settings["window"], WINDOWS)
     if not callable(settings["attention_impl"]):
         checks.choice("attention_impl", settings["attention_impl"], NAMES)
     for key in ("zero_init_residual", "remat", "scan"):
         if not isinstance(settings[key], bool):
             raise ValueError(f"{key}={settings[key]!r} must be True or False")
+    if not isinstance(settings["freeze"], tuple) or not all(isinstance(pattern, str) for pattern in settings["freeze"]):
+        raise ValueError(f"freeze={settings['freeze']!r} must be a tuple of patterns; for example freeze=('backbone/stem*',)")
     try:
         known = jnp.dtype(settings["dtype"]).name in _DTYPES
     except TypeError:

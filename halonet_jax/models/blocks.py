@@ -7,28 +7,46 @@ from typing import NamedTuple
 
 from halonet_jax.models import checks
 
-KINDS = ("attention", "conv")
+KINDS = ("attention", "conv", "lambda")
+GATES = ("se", "eca")
+SHORTCUTS = ("conv", "identity")
+# Fields that belong to some kinds alone, with the value that says that a block does not use them.
+_FIELDS_OF = {
+    "attention": ("block_size", "halo_size", "value_width", "full_tables", "adjacent_queries", "pool"),
+    "conv": ("groups", "gate", "gate_size"),
+    "lambda": ("context_size",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSpec:
-    """One bottleneck block: 1x1 conv, attention or 3x3 conv, 1x1 conv, residual (`halonet.Bottleneck`).
+    """One bottleneck block: 1x1 conv, a spatial layer, 1x1 conv, residual (`halonet.Bottleneck`).
 
         BlockSpec("conv", width=64, out_width=256)
         BlockSpec("attention", width=64, out_width=256, num_heads=4, block_size=8, halo_size=3, stride=2)
 
     Attributes:
-        kind: of the spatial layer: "attention" or "conv" (3x3).
-        width: channels that the spatial layer gets (c); a convolution gives as many.
+        kind: of the spatial layer: "attention", "conv" (3x3) or "lambda" (`lambda_layer.LambdaLayer`).
+        width: channels that the spatial layer gets (c). Convolutions and lambda layers give as many.
         out_width: channels of the block's output.
         stride: pixels of the input per pixel of the output, per axis. The spatial layer and the shortcut have it.
         se_ratio: inner width of squeeze-and-excitation over `out_width`; 0: the block has none.
-        num_heads: heads of the attention. This and the fields below belong to kind "attention" alone, and are None for
-            "conv".
+        num_heads: heads of attention or of a lambda layer. For "conv", it is None, as the four fields below are.
         block_size: side of a block of queries, in pixels of the attention's input (b).
         halo_size: border around a block that keys come from as well, in pixels of the attention's input (h).
-        query_width: channels of queries and of keys over all heads; None: `width`.
+        query_width: channels of queries over all heads, and of attention's keys; None: `width`.
         value_width: channels of values over all heads, which the attention gives; None: `width`.
+        groups: of a convolution's channels; each group sees its own channels alone.
+        gate: on the result of a 3x3 convolution, after its norm: "se" (`layers.SqueezeExcite`, with ReLU inside), "eca"
+            (`layers.ChannelAttention`) or None. Unlike `se_ratio`, it is before the last convolution.
+        gate_size: of "se", the inner width; of "eca", the kernel's length, which is odd.
+        shortcut: "conv": where the block changes the shape, the shortcut is a strided 1x1 convolution with norm.
+            "identity": where it changes the shape, the block has no shortcut.
+        last_activation: whether the activation acts on the sum with the shortcut.
+        full_tables: whether queries meet both relative tables with all of their channels, not with half of them each.
+        adjacent_queries: whether the tables take strided queries as adjacent, `table_offsets="queries"` of the operator.
+        pool: whether a strided attention attends from all pixels, and gives the mean over `stride` x `stride` of them.
+        context_size: side of the square of pixels that a lambda layer's position term reaches, an odd number.
 
     Raises:
         ValueError: a field is out of range, unknown, absent or not of this kind, or the heads do not divide the widths.
@@ -44,26 +62,75 @@ class BlockSpec:
     halo_size: int | None = None
     query_width: int | None = None
     value_width: int | None = None
+    groups: int = 1
+    gate: str | None = None
+    gate_size: int | None = None
+    shortcut: str = "conv"
+    last_activation: bool = True
+    full_tables: bool = False
+    adjacent_queries: bool = False
+    pool: bool = False
+    context_size: int | None = None
 
     def __post_init__(self):
         checks.choice("kind", self.kind, KINDS)
         for name in ("width", "out_width", "stride"):
             checks.whole(name, getattr(self, name), 1)
         checks.real("se_ratio", self.se_ratio, 0, 1)
+        checks.choice("shortcut", self.shortcut, SHORTCUTS)
+        for name in ("last_activation", "full_tables", "adjacent_queries", "pool"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        self._check_kind()
         if self.kind == "conv":
-            for name in ("num_heads", "block_size", "halo_size", "query_width", "value_width"):
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} must be None in a block of kind='conv'; leave it out, or set "
-                        "kind='attention'"
-                    )
+            self._check_conv()
             return
-        for name, least in (("block_size", 1), ("halo_size", 0)):
-            checks.whole(name, getattr(self, name), least)
         for name in ("query_width", "value_width"):
             if getattr(self, name) is not None:
                 checks.whole(name, getattr(self, name), 1)
         checks.heads(self.num_heads, self.channels, self.value_channels)
+        if self.kind == "lambda":
+            self._check_lambda()
+            return
+        for name, least in (("block_size", 1), ("halo_size", 0)):
+            checks.whole(name, getattr(self, name), least)
+        if self.adjacent_queries and self.block_size % self.stride:
+            raise ValueError(
+                f"adjacent_queries=True needs a block_size that stride={self.stride} divides, not {self.block_size}; use "
+                f"block_size={-(-self.block_size // self.stride) * self.stride}, or pool=True"
+            )
+
+    def _check_kind(self):
+        """Refuses fields that belong to other kinds."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        foreign = {"num_heads": "attention", "query_width": "attention"} if self.kind == "conv" else {}
+        foreign |= {name: kind for kind, names in _FIELDS_OF.items() if kind != self.kind for name in names}
+        for name, kind in foreign.items():
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} must be {defaults[name]!r} in a block of kind={self.kind!r}; leave it "
+                    f"out, or set kind={kind!r}"
+                )
+
+    def _check_conv(self):
+        checks.whole("groups", self.groups, 1)
+        if self.width % self.groups:
+            raise ValueError(f"groups={self.groups} must divide width={self.width}; for example groups=1")
+        if self.gate is None:
+            if self.gate_size is not None:
+                raise ValueError(f"gate_size={self.gate_size!r} must be None without a gate; leave it out, or set gate='se'")
+            return
+        checks.choice("gate", self.gate, GATES)
+        checks.whole("gate_size", self.gate_size, 1)
+        if self.gate == "eca" and self.gate_size % 2 == 0:
+            raise ValueError(f"gate_size={self.gate_size} must be odd for gate='eca'; for example gate_size={self.gate_size + 1}")
+
+    def _check_lambda(self):
+        checks.whole("context_size", self.context_size, 1)
+        if self.context_size % 2 == 0:
+            raise ValueError(f"context_size={self.context_size} must be odd; for example context_size={self.context_size + 1}")
+        if self.stride != 1:
+            raise ValueError(f"stride={self.stride} must be 1 in a block of kind='lambda'; set the stride in another block")
 
     @property
     def channels(self) -> int:
@@ -114,6 +181,7 @@ class AttentionLayer(NamedTuple):
         block_size: side of a block of queries, in pixels of the map (b).
         halo_size: border around a block that keys come from as well, in pixels of the map (h).
         stride: pixels of the map per query, per axis.
+        adjacent_queries: whether the tables take strided queries as adjacent.
     """
 
     stage: int
@@ -126,6 +194,7 @@ class AttentionLayer(NamedTuple):
     block_size: int
     halo_size: int
     stride: int
+    adjacent_queries: bool = False
 
 
 def attention_layers(stages: Stages, height: int, width: int) -> list[AttentionLayer]:
@@ -140,8 +209,8 @@ def attention_layers(stages: Stages, height: int, width: int) -> list[AttentionL
     for number, stage in enumerate(stages, start=1):
         for position, b in enumerate(stage, start=1):
             if b.kind == "attention":
-                sizes = b.num_heads, b.channels, b.value_channels, b.block_size, b.halo_size, b.stride
-                found.append(AttentionLayer(number, position, height, width, *sizes))
+                sizes = b.num_heads, b.channels, b.value_channels, b.block_size, b.halo_size, 1 if b.pool else b.stride
+                found.append(AttentionLayer(number, position, height, width, *sizes, b.adjacent_queries))
             height, width = -(-height // b.stride), -(-width // b.stride)
     return found
 

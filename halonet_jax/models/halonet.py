@@ -9,16 +9,16 @@ import numpy as np
 from flax import linen as nn
 
 from halonet_jax import ops
-from halonet_jax.models import blocks, layers
+from halonet_jax.models import blocks, layers, stems
 from halonet_jax.models.blocks import AttentionLayer, BlockSpec
+from halonet_jax.models.lambda_layer import LambdaLayer
 
 # Recomputed in the backward pass from their input alone.
 ACTIVATIONS = {name: jax.checkpoint(f, prevent_cse=False) for name, f in (("silu", nn.silu), ("relu", nn.relu))}
-STEM_STRIDE = 4  # of both stems
 
 
 class Bottleneck(nn.Module):
-    """One block: 1x1 conv, attention or 3x3 conv, 1x1 conv, residual.
+    """One block: 1x1 conv, a spatial layer, 1x1 conv, residual.
 
     `[B, H, W, C] -> [B, ceil(H / s), ceil(W / s), out_width]`, with stride s.
 
@@ -58,21 +58,33 @@ class Bottleneck(nn.Module):
         if spec.kind == "attention":
             y = self.attention(
                 channels=spec.channels, num_heads=spec.num_heads, block_size=spec.block_size, halo_size=spec.halo_size,
-                value_channels=spec.value_channels, stride=spec.stride, name="attention",
+                value_channels=spec.value_channels, stride=spec.stride, full_tables=spec.full_tables,
+                adjacent_queries=spec.adjacent_queries, pool=spec.pool, name="attention",
             )(y)  # fmt: skip
+        elif spec.kind == "lambda":
+            y = LambdaLayer(
+                spec.channels // spec.num_heads, spec.num_heads, spec.context_size, norm=self.norm, dtype=self.dtype, name="lambda"
+            )(y)
         else:
-            y = conv(spec.width, 3, spec.stride, name="conv2")(y)
+            y = conv(spec.width, 3, spec.stride, feature_group_count=spec.groups, name="conv2")(y)
         y = norm_activation(name="norm2")(y)
+        if spec.gate == "se":
+            y = layers.SqueezeExcite(spec.gate_size, nn.relu, dtype=self.dtype, name="se")(y)
+        elif spec.gate == "eca":
+            y = layers.ChannelAttention(spec.gate_size, dtype=self.dtype, name="eca")(y)
         y = conv(spec.out_width, 1, name="conv3")(y)
         last_scale = nn.initializers.zeros if self.zero_init_residual else nn.initializers.ones
         y = self.norm(scale_init=last_scale, name="norm3")(y)
         if spec.se_ratio:
-            y = layers.SqueezeExcite(spec.se_ratio, self.activation, dtype=self.dtype, name="se")(y)
+            width = max(1, round(spec.out_width * spec.se_ratio))
+            y = layers.SqueezeExcite(width, self.activation, dtype=self.dtype, name="se")(y)
         if self.drop:
             y = layers.stochastic_depth(y, drop_rate, self.make_rng("dropout"))
         if spec.stride != 1 or x.shape[-1] != spec.out_width:
+            if spec.shortcut == "identity":
+                return self.activation(y) if spec.last_activation else y
             shortcut = self.norm(name="shortcut_norm")(conv(spec.out_width, 1, spec.stride, name="shortcut")(x))
-        return self.activation(shortcut + y)
+        return self.activation(shortcut + y) if spec.last_activation else shortcut + y
 
 
 class Backbone(nn.Module):
@@ -80,7 +92,7 @@ class Backbone(nn.Module):
 
     Attributes:
         stages: tuples of `BlockSpec`, one tuple per stage.
-        stem: "conv" (7x7/2 convolution and 3x3/2 max pool) or "patch" (one 4x4/4 convolution).
+        stem: one of `stems.STRIDES`.
         stem_width: channels of the stem's output.
         activation: "silu" or "relu".
         stochastic_depth_rate: drop rate of the last block; rises linearly from 0 over all blocks.
@@ -95,6 +107,8 @@ class Backbone(nn.Module):
         remat: recompute each block's activations in the backward pass, which takes less memory and more time.
         scan: loop over equal neighbouring blocks of a stage, as `blocks.runs` says. It compiles faster and moves more
             memory.
+        freeze: patterns of parameters that are not trained, see `freezing`. Norms among them keep their running statistics and
+            normalise by them in training too. Gradients are the caller's to stop: `freezing.stop_gradients`.
     """
 
     stages: blocks.Stages
@@ -112,6 +126,7 @@ class Backbone(nn.Module):
     dtype: Any = jnp.float32
     remat: bool = False
     scan: bool = False
+    freeze: tuple[str, ...] = ()
 
     def norm(self, use_running_average: bool):
         """Returns `layers.BatchNorm` with this network's settings.
@@ -121,7 +136,7 @@ class Backbone(nn.Module):
         """
         return functools.partial(
             layers.BatchNorm, use_running_average=use_running_average, group_size=self.bn_group_size,
-            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype,
+            momentum=self.bn_momentum, epsilon=self.bn_epsilon, dtype=self.dtype, freeze=self.freeze,
         )  # fmt: skip
 
     def attention(self):
@@ -138,7 +153,8 @@ class Backbone(nn.Module):
             height: rows of the images, in pixels.
             width: columns of the images, in pixels.
         """
-        return blocks.attention_layers(self.stages, -(-height // STEM_STRIDE), -(-width // STEM_STRIDE))
+        stride = stems.STRIDES[self.stem]
+        return blocks.attention_layers(self.stages, -(-height // stride), -(-width // stride))
 
     @nn.nowrap
     def attention_choices(self, batch: int, height: int, width: int) -> list[tuple[AttentionLayer, ops.Choice]]:
@@ -185,7 +201,7 @@ class Backbone(nn.Module):
             )
         norm = self.norm(not train if use_running_average is None else use_running_average)
         activation = ACTIVATIONS[self.activation]
-        x = self._stem(images.astype(self.dtype), norm, activation)
+        x = stems.apply(self.stem, images.astype(self.dtype), self.stem_width, norm, activation, self.dtype)
         depths = [len(stage) for stage in self.stages]
         rates = np.linspace(0, self.stochastic_depth_rate, sum(depths), dtype=np.float32)
         rates = np.split(rates, np.cumsum(depths)[:-1])
@@ -194,17 +210,6 @@ class Backbone(nn.Module):
             x = self._stage(x, stage, rates[stage - 1], norm, activation, drop=train and self.stochastic_depth_rate > 0)
             maps.append(x)
         return tuple(maps)
-
-    def _stem(self, x, norm, activation):
-        if self.stem == "conv":
-            x = layers.conv(self.stem_width, 7, 2, dtype=self.dtype, name="stem_conv")(x)
-            x = norm(name="stem_norm", activation=activation)(x)
-            return layers.max_pool(x)
-        x = nn.Conv(
-            self.stem_width, (4, 4), (4, 4), padding="SAME", use_bias=False, kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype, name="stem_conv",
-        )(x)  # fmt: skip
-        return norm(name="stem_norm", activation=activation)(x)
 
     def _stage(self, x, stage, rates, norm, activation, drop):
         runs = list(blocks.runs(stage, self.stages[stage - 1], self.scan))

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from halonet_jax import ops
-from halonet_jax.models import checks
+from halonet_jax.models import checks, freezing
 
 
 class HaloAttention(nn.Module):
@@ -27,7 +27,11 @@ class HaloAttention(nn.Module):
         block_size: side of a block of queries, in pixels of the input (b).
         halo_size: border around a block that keys come from as well, in pixels of the input (h).
         value_channels: width of values over all heads; None: `channels`.
-        stride: pixels of the input per query, per axis.
+        stride: pixels of the input per pixel of the result, per axis.
+        full_tables: whether queries meet both relative tables with all of their channels, not with half of them each.
+        adjacent_queries: whether the tables take strided queries as adjacent, `table_offsets="queries"` of the operator.
+        pool: whether all pixels attend, and the result is the mean over `stride` x `stride` of them. Otherwise every
+            `stride`-th pixel per axis attends.
         window: which keys a query sees, see `ops.halo_attention`: "neighborhood" or "centered".
         padding: what keys outside of the map do, see `ops.halo_attention`: "mask" or "zero".
         implementation: see `ops.halo_attention`. Where "pallas" does not support a shape, "xla" is taken and the reason
@@ -41,6 +45,9 @@ class HaloAttention(nn.Module):
     halo_size: int
     value_channels: int | None = None
     stride: int = 1
+    full_tables: bool = False
+    adjacent_queries: bool = False
+    pool: bool = False
     window: str = "neighborhood"
     padding: str = "mask"
     implementation: str = "auto"
@@ -71,18 +78,23 @@ class HaloAttention(nn.Module):
             x = nn.Dense(channels, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name)(x)
             return x.reshape(*x.shape[:3], self.num_heads, -1)  # [B, H, W, N, D]
 
-        table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // 2)
+        stride = self._query_stride
+        table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // (2 - self.full_tables))
         table_init = nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
         out = ops.halo_attention(
-            project(x[:, :: self.stride, :: self.stride], self.channels, "query"),
+            project(x[:, ::stride, ::stride], self.channels, "query"),
             project(x, self.channels, "key"),
             project(x, value_channels, "value"),
             self.param("rel_rows", table_init, table_shape),
             self.param("rel_cols", table_init, table_shape),
-            block_size=self.block_size, halo_size=self.halo_size, stride=self.stride, window=self.window,
-            padding=self.padding, implementation=self._implementation(x.shape),
+            block_size=self.block_size, halo_size=self.halo_size, stride=stride, window=self.window, padding=self.padding,
+            table_offsets="queries" if self.adjacent_queries else "pixels", implementation=self._implementation(x.shape),
         )  # fmt: skip
-        return out.reshape(*out.shape[:3], value_channels)
+        return mean_pool(out.reshape(*out.shape[:3], value_channels), self.stride // stride)
+
+    @property
+    def _query_stride(self):
+        return 1 if self.pool else self.stride
 
     def _implementation(self, shape):
         if self.is_initializing():  # Parameters alone matter, and are the same.
@@ -103,13 +115,14 @@ class HaloAttention(nn.Module):
             height: rows of the map, in pixels.
             width: columns of the map, in pixels.
         """
+        stride, adjacent = self._query_stride, self.adjacent_queries and self._query_stride > 1
         split = lambda stride, channels: jax.ShapeDtypeStruct(
             (batch, -(-height // stride), -(-width // stride), self.num_heads, channels // self.num_heads), self.dtype
         )
         return ops.choose(
-            self.implementation, split(self.stride, self.channels), split(1, self.channels),
+            self.implementation, split(stride, self.channels), split(1, self.channels),
             split(1, self.value_channels or self.channels), block_size=self.block_size, halo_size=self.halo_size,
-            stride=self.stride, centered=self.window == "centered", masked=self.padding == "mask",
+            stride=stride, centered=self.window == "centered", masked=self.padding == "mask", adjacent=adjacent,
         )  # fmt: skip
 
 
@@ -134,6 +147,8 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         dtype: of the result; statistics and parameters are float32.
         scale_init: initializer of the scale.
+        freeze: patterns of parameters that are not trained, see `freezing`; a norm that one matches always normalises by its
+            running statistics.
     """
 
     use_running_average: bool
@@ -143,6 +158,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
     scale_init: Callable = nn.initializers.ones
+    freeze: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x):
@@ -167,7 +183,7 @@ class BatchNorm(nn.Module):
             x = (x.astype(jnp.float32) - mean) * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
             return self.activation(x.astype(self.dtype))
 
-        if self.use_running_average:
+        if self.use_running_average or freezing.is_frozen("/".join((*self.path, "scale")), self.freeze):
             return finish(x, running_mean.value, running_var.value, scale, bias)
 
         group_size = self.group_size or len(x)
@@ -257,16 +273,32 @@ def max_pool(x: jax.Array) -> jax.Array:
     return ops.by_platform(x, cpu=by_slices, default=pool)
 
 
+def mean_pool(x: jax.Array, size: int) -> jax.Array:
+    """Returns the mean of each square of pixels. Squares that reach beyond the map hold fewer.
+
+    Args:
+        x: `[B, H, W, C]`.
+        size: side of a square, in pixels.
+
+    Returns:
+        `[B, ceil(H / size), ceil(W / size), C]`; `x` itself for size 1.
+    """
+    if size == 1:
+        return x
+    padding = tuple((0, -n % size) for n in x.shape[1:3])
+    return nn.avg_pool(x, (size, size), (size, size), padding, count_include_pad=False)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gates from the map's mean (arXiv 1709.01507).
 
     Attributes:
-        ratio: inner width over the width of the map; the inner width is at least 1.
+        width: inner channels.
         activation: function on arrays, between the two layers.
         dtype: of the computation; parameters are float32.
     """
 
-    ratio: float
+    width: int
     activation: Callable
     dtype: Any = jnp.float32
 
@@ -281,8 +313,36 @@ class SqueezeExcite(nn.Module):
             `[B, H, W, C]`.
         """
         gate = x.mean((1, 2), keepdims=True)
-        gate = nn.Dense(max(1, round(x.shape[-1] * self.ratio)), dtype=self.dtype, name="squeeze")(gate)
+        gate = nn.Dense(self.width, dtype=self.dtype, name="squeeze")(gate)
         gate = nn.Dense(x.shape[-1], dtype=self.dtype, name="excite")(self.activation(gate))
+        return x * nn.sigmoid(gate)
+
+
+class ChannelAttention(nn.Module):
+    """Channel gates from the means of neighbouring channels, ECA (arXiv 1910.03151).
+
+    Attributes:
+        size: number of neighbouring channels that a gate comes from, an odd number; channels beyond the ends are zeros.
+        dtype: of the computation; parameters are float32.
+    """
+
+    size: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Multiplies each channel by its gate.
+
+        Args:
+            x: `[B, H, W, C]`.
+
+        Returns:
+            `[B, H, W, C]`.
+        """
+        kernel = self.param("kernel", nn.initializers.normal(self.size**-0.5), (self.size,)).astype(self.dtype)
+        channels, half = x.shape[-1], self.size // 2
+        means = jnp.pad(x.mean((1, 2), keepdims=True), ((0, 0),) * 3 + ((half, half),))
+        gate = sum(kernel[n] * means[..., n : n + channels] for n in range(self.size))
         return x * nn.sigmoid(gate)
 
 

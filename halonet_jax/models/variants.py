@@ -1,16 +1,19 @@
-"""Every architecture of the paper as data (arXiv 2103.12731, tables 1, 3 and appendix), and the rules for variants."""
+"""Every architecture as data: the paper's (arXiv 2103.12731, tables 1, 3 and appendix), timm's, and the rules for variants."""
 
 import dataclasses
 import math
 
-from halonet_jax.models import checks
-from halonet_jax.models.blocks import KINDS, BlockSpec, Stages
+from halonet_jax.models import checks, stems, timm
+from halonet_jax.models.blocks import BlockSpec, Stages
+from halonet_jax.ops.halo_attention import PADDINGS
+
+KINDS = ("attention", "conv")  # of whole stages
 
 # What a variant may set, with the values of HaloNet-H1 without its third stage's depth.
 DEFAULTS = dict(
     stage_sizes=(3, 3, 10, 3),
     stage_kinds=("attention",) * 4,  # of each stage's spatial layer: "attention" or "conv" (3x3)
-    stem="conv",  # "conv": 7x7/2 conv + 3x3/2 max pool; "patch": one 4x4/4 conv
+    stem="conv",  # of `stems.STRIDES`. "conv": 7x7/2 conv + 3x3/2 max pool; "patch": one 4x4/4 conv
     stem_width=64,
     base_width=64,  # c of the first stage; doubles every stage
     num_heads=(4, 8, 8, 8),
@@ -22,6 +25,7 @@ DEFAULTS = dict(
     activation="silu",  # "silu" or "relu"
     se_ratio=0.0,  # squeeze-and-excitation bottleneck over block output width; 0: off
     se_kinds=("attention", "conv"),  # the kinds of block that squeeze-and-excitation is in
+    padding="mask",  # of keys outside of the map: "mask" or "zero"
 )
 
 
@@ -66,6 +70,8 @@ VARIANTS = {
     # The ablations' models: ResNet-50's allocation, 16 channels per head.
     "halonet50": _RESNET50,
     "resnet50": dict(_RESNET50, stage_kinds=("conv",) * 4),
+    # These have "stages" in place of what describes the paper's stages.
+    **timm.MODELS,
 }
 
 
@@ -79,13 +85,17 @@ STAGE_OPTIONS = (
 def resolve(name: str, **overrides) -> dict:
     """Returns the named variant, checked: a value for each key of `DEFAULTS`.
 
+    timm's models have "stages", their blocks, in place of the keys of `STAGE_OPTIONS`. Of these, `block_size` and
+    `halo_size` may be overridden, and then hold for all blocks with a halo.
+
     Args:
         name: a key of `VARIANTS`.
         **overrides: values to take in place of the variant's, by keys of `DEFAULTS`.
 
     Raises:
         ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide
-            the widths, or squeeze-and-excitation is on and would be in no block.
+            the widths, squeeze-and-excitation is on and would be in no block, or a stage option is given for a model that
+            lists its blocks.
     """
     if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"model {name!r} is unknown; {checks.nearest(name, VARIANTS)}")
@@ -93,6 +103,13 @@ def resolve(name: str, **overrides) -> dict:
     if unknown:
         raise ValueError(f"model option {unknown[0]!r} is unknown; {checks.nearest(unknown[0], DEFAULTS)}")
     variant = dict(VARIANTS[name], **overrides)
+    if "stages" not in variant:
+        _check_stages(variant)
+    elif fixed := [key for key in overrides if key in STAGE_OPTIONS and key not in ("block_size", "halo_size")]:
+        raise ValueError(
+            f"{fixed[0]}={overrides[fixed[0]]!r} has no effect on {name}, which lists its blocks; leave it out, or change the "
+            f"blocks of models.stages({name!r}) and give them to models.create as stages"
+        )
     _check(variant)
     stages(variant)
     return variant
@@ -111,6 +128,11 @@ def stages(variant: dict) -> Stages:
         ValueError: the heads of a stage do not divide its widths, or its values have no whole number of channels.
     """
     v, found = variant, []
+    if "stages" in v:
+        sizes = {key: v[key] for key in ("block_size", "halo_size") if key in v}
+        return tuple(
+            tuple(dataclasses.replace(block, **sizes) if block.halo_size else block for block in stage) for stage in v["stages"]
+        )
     for stage, (depth, kind, num_heads) in enumerate(zip(v["stage_sizes"], v["stage_kinds"], v["num_heads"])):
         width = v["base_width"] * 2**stage
         values = round(width * v["value_ratio"], 6)  # 80 * 1.1 is 88 but for rounding
@@ -138,8 +160,16 @@ def stages(variant: dict) -> Stages:
 
 def _check(variant):
     v = variant
-    checks.choice("stem", v["stem"], ("conv", "patch"))
+    checks.choice("stem", v["stem"], stems.STRIDES)
     checks.choice("activation", v["activation"], ("silu", "relu"))
+    checks.choice("padding", v["padding"], PADDINGS)
+    for key, least in (("block_size", 1), ("halo_size", 0), ("stem_width", 1), ("final_width", 0)):
+        if key in v:
+            checks.whole(key, v[key], least, DEFAULTS[key])
+
+
+def _check_stages(variant):
+    v = variant
     for key in ("stage_sizes", "stage_kinds", "num_heads"):
         checks.entries(key, v[key], 4, 4, DEFAULTS[key])
     checks.entries("se_kinds", v["se_kinds"], 0, 2, DEFAULTS["se_kinds"])
@@ -149,8 +179,7 @@ def _check(variant):
     for key in ("stage_kinds", "se_kinds"):
         for position, kind in enumerate(v[key]):
             checks.choice(f"{key}[{position}]", kind, KINDS)
-    for key, least in (("block_size", 1), ("halo_size", 0), ("base_width", 1), ("stem_width", 1), ("final_width", 0)):
-        checks.whole(key, v[key], least, DEFAULTS[key])
+    checks.whole("base_width", v["base_width"], 1, DEFAULTS["base_width"])
     for key in ("value_ratio", "expansion_ratio"):
         checks.real(key, v[key], 0.001, 1000, example=DEFAULTS[key])
     if v["base_width"] * v["expansion_ratio"] < 1:

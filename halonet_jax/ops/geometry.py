@@ -23,6 +23,7 @@ class Axis(NamedTuple):
         center: row of the relative table for a key at its query's place.
         reach: keys farther than this from their query are masked; None: no such mask.
         masked: whether keys outside of the map are masked.
+        adjacent: whether the relative table takes the queries of a block as adjacent pixels, whatever the stride.
     """
 
     size: int
@@ -32,6 +33,7 @@ class Axis(NamedTuple):
     center: int
     reach: int | None
     masked: bool
+    adjacent: bool = False
 
     @property
     def blocks(self) -> int:
@@ -69,9 +71,14 @@ class Axis(NamedTuple):
         return np.arange(-self.halo, self.block + self.halo) - np.arange(0, self.block, self.stride)[:, None]
 
     @property
+    def table_step(self) -> int:
+        """Rows of the relative table from one query to the next."""
+        return 1 if self.adjacent else self.stride
+
+    @property
     def table_index(self) -> np.ndarray:
         """Each query's and key's row of the relative table: `[queries, keys]` int."""
-        return self.offsets + self.center
+        return np.arange(-self.halo, self.block + self.halo) - self.table_step * np.arange(self.queries)[:, None] + self.center
 
     @property
     def bias(self) -> np.ndarray:
@@ -86,7 +93,7 @@ class Axis(NamedTuple):
 
 
 def make_axes(
-    shape: tuple, *, block_size: int, halo_size: int, stride: int, centered: bool, masked: bool
+    shape: tuple, *, block_size: int, halo_size: int, stride: int, centered: bool, masked: bool, adjacent: bool = False
 ) -> tuple[Axis, Axis]:  # fmt: skip
     """Returns the rows and the columns of a map.
 
@@ -94,11 +101,11 @@ def make_axes(
 
     Args:
         shape: `[B, H, W, …]`, of keys or values.
-        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
+        block_size, halo_size, stride, centered, masked, adjacent: as of `reference.attend`.
     """
 
     def make(size):
         block, halo = (-(-size // stride) * stride, 0) if masked and block_size >= size else (block_size, halo_size)
-        return Axis(size, block, halo, stride, block_size - 1 + halo_size, halo_size if centered else None, masked)
+        return Axis(size, block, halo, stride, block_size - 1 + halo_size, halo_size if centered else None, masked, adjacent)
 
     return make(shape[1]), make(shape[2])

@@ -20,14 +20,16 @@ from halonet_jax.ops.platforms import per_device
 MAX_CHANNELS = 256  # of queries or values: what a program can hold
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
+def attend(
+    q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True
+):  # fmt: skip
     """Attends by kernels. On platforms other than CUDA they are interpreted: correct, but slow.
 
     Products of float32 inputs are in full float32, without TensorFloat-32: exact, and several times slower than
     bfloat16.
 
     Args:
-        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale, adjacent: as of
             `reference.attend`.
         interpret: False: the result is zeros on platforms other than CUDA, for callers that do not use it there.
 
@@ -37,7 +39,9 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     Raises:
         ValueError: `unsupported` gives a reason.
     """
-    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    options = dict(
+        block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked, adjacent=adjacent
+    )
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "xla" or "auto"')
@@ -49,12 +53,12 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     return out.reshape(*q.shape[:4], -1).astype(v.dtype)
 
 
-def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
+def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True, adjacent=False) -> str | None:
     """Returns why the kernels cannot attend like this, or None if they can.
 
     Args:
         q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
-        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
+        block_size, halo_size, stride, centered, masked, adjacent: as of `reference.attend`.
     """
     if kernels.plgpu is None:
         return f"JAX {jax.__version__} has no Triton in Pallas"

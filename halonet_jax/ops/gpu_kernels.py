@@ -339,6 +339,8 @@ def _grid(ref, pixels, inside):
 
 def _first_offsets(plan, y, x):
     """Returns where the window's offsets begin among those of rows and of columns, for each query."""
+    if plan.rows.table_step != plan.rows.stride:  # of the two, 1
+        y, x = (_divmod(pixel, axis.stride)[0] for pixel, axis in ((y, plan.rows), (x, plan.cols)))
     return plan.rows.center - plan.rows.halo - y, plan.cols.center - plan.cols.halo - x
 
 
@@ -362,11 +364,11 @@ def _position(plan, tiles, q, tables_ref, i, j, tile, y, x, inside):
     r, s = code, code - plan.rows.keys
 
     def add_row(n, logits):
-        table = _load(tables_ref, r + plan.rows.center - plan.rows.halo - n * plan.rows.stride, is_row)
+        table = _load(tables_ref, r + plan.rows.center - plan.rows.halo - n * plan.rows.table_step, is_row)
         return jnp.where((y == n * plan.rows.stride)[:, None], _dot(q, table, 1, 1), logits)
 
     def add_col(n, logits):
-        table = _load(tables_ref, s + plan.offsets + plan.cols.center - plan.cols.halo - n * plan.cols.stride, is_col)
+        table = _load(tables_ref, s + plan.offsets + plan.cols.center - plan.cols.halo - n * plan.cols.table_step, is_col)
         return jnp.where((x == n * plan.cols.stride)[:, None], logits + _dot(q, table, 1, 1), logits)
 
     first, _ = _divmod(tile * tiles.queries, plan.cols.queries)

@@ -11,6 +11,7 @@ from halonet_jax.ops import reference, selection
 
 WINDOWS = ("neighborhood", "centered")
 PADDINGS = ("mask", "zero")
+TABLE_OFFSETS = ("pixels", "queries")
 
 
 def halo_attention(
@@ -26,6 +27,7 @@ def halo_attention(
     window: str = "neighborhood",
     padding: str = "mask",
     logits_scale: float | None = None,
+    table_offsets: str = "pixels",
     implementation: str | Callable = "auto",
 ) -> jax.Array:
     """Attends from every query pixel to the neighbourhood of its block.
@@ -63,6 +65,9 @@ def halo_attention(
             value, and keep the logit of their position, as in timm.
         logits_scale: positive factor on both terms; None: `D ** -0.5`. For a position term without scale, as in timm,
             divide the tables by the scale.
+        table_offsets: what strided queries are to the tables. "pixels": y and x above are pixels of the map. "queries":
+            they are counted in queries from the first of the block, so that queries are adjacent to the tables, as in
+            timm; `stride` must divide `block_size`. With stride 1 both are the same.
         implementation: "auto": the fastest for the platform and the shapes, see `selection`. "xla": einsums. "pallas":
             the fused kernels of the platform, see `unsupported` in `ops.tpu` and `ops.gpu`; a CPU interprets TPU's,
             which is slow. "reference": slow and obvious, in float32. Or a function like `reference.attend`. The
@@ -77,7 +82,7 @@ def halo_attention(
     Raises:
         ValueError: an argument breaks a rule above; the message states value and rule.
     """
-    _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation)
+    _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation, table_offsets)
     if logits_scale is None:
         logits_scale = q.shape[-1] ** -0.5
     if not logits_scale > 0:
@@ -85,6 +90,8 @@ def halo_attention(
     options = dict(
         block_size=block_size, halo_size=halo_size, stride=stride, centered=window == "centered", masked=padding == "mask"
     )
+    if table_offsets == "queries" and stride > 1:
+        options["adjacent"] = True
     if implementation == "reference":
         implementation = reference.attend
     elif not callable(implementation):
@@ -97,15 +104,21 @@ def halo_attention(
     return out[:, ::stride, ::stride]
 
 
-def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation):
+def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation, table_offsets):
     for name, value, known in (
-        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, selection.NAMES)
+        ("window", window, WINDOWS), ("padding", padding, PADDINGS), ("implementation", implementation, selection.NAMES),
+        ("table_offsets", table_offsets, TABLE_OFFSETS),
     ):  # fmt: skip
         if value not in known and not (name == "implementation" and callable(value)):
             raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(known)}")
     for name, value, least in (("block_size", block_size, 1), ("halo_size", halo_size, 0), ("stride", stride, 1)):
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}={value!r} must be an integer of at least {least}")
+    if table_offsets == "queries" and block_size % stride:
+        raise ValueError(
+            f"table_offsets='queries' needs a block_size that stride={stride} divides, not {block_size}; use 'pixels', or "
+            f"block_size={-(-block_size // stride) * stride}"
+        )
     for name, array, rank, axes in (
         ("q", q, 5, "[batch, height, width, heads, channels]"), ("k", k, 5, "[batch, height, width, heads, channels]"),
         ("v", v, 5, "[batch, height, width, heads, channels]"), ("rel_rows", rel_rows, 2, "[offsets, channels]"),

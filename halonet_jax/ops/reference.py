@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale):
+def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False):
     """Attends, see `halo_attention`. Memory grows with (b + 2h)² per pixel. All implementations take these arguments.
 
     Args:
@@ -23,6 +23,8 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         centered: whether keys more than `halo_size` rows or columns away from the query are masked.
         masked: whether keys outside of the map are masked; else they are zeros.
         logits_scale: factor on the logits.
+        adjacent: whether the tables take the queries of a block as adjacent pixels. It needs a block size that `stride`
+            divides. `halo_attention` leaves it out where it is False.
 
     Returns:
         `[B, ceil(H / stride), ceil(W / stride), N, E]` in v's dtype.
@@ -45,8 +47,12 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     einsum = lambda *args: jnp.einsum(*args, precision=jax.lax.Precision.HIGHEST)
     logits = einsum("bhwnd,bhwrsnd->bhwnrs", q, windows(k))
     first_row = block_size - 1 + halo_size
-    logits += einsum("bhwnd,hrd->bhwnr", q[..., half[0]], rel_rows[row_offsets + first_row])[..., :, None]
-    logits += einsum("bhwnd,wsd->bhwns", q[..., half[1]], rel_cols[col_offsets + first_row])[..., None, :]
+    table_rows, table_cols = row_offsets + first_row, col_offsets + first_row
+    if adjacent:  # a query is y % b pixels, and y % b / stride queries, from the first of its block
+        inner_row, inner_col = (np.arange(0, size, stride)[:, None] % block_size for size in k.shape[1:3])
+        table_rows, table_cols = table_rows + inner_row - inner_row // stride, table_cols + inner_col - inner_col // stride
+    logits += einsum("bhwnd,hrd->bhwnr", q[..., half[0]], rel_rows[table_rows])[..., :, None]
+    logits += einsum("bhwnd,wsd->bhwns", q[..., half[1]], rel_cols[table_cols])[..., None, :]
     logits *= logits_scale
 
     seen = inside if masked else np.ones_like(inside)

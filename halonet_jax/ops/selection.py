@@ -35,14 +35,14 @@ class Choice(NamedTuple):
 
 def choose(
     implementation: Any, q: Any, k: Any, v: Any, *, block_size: int, halo_size: int, stride: int, centered: bool, masked: bool,
-    platform: str | None = None,
+    adjacent: bool = False, platform: str | None = None,
 ) -> Choice:  # fmt: skip
     """Returns what attends on a platform: "auto" is resolved, and "pallas" stays only if the kernels can do it.
 
     Args:
         implementation: as of `halo_attention`.
         q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
-        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
+        block_size, halo_size, stride, centered, masked, adjacent: as of `reference.attend`.
         platform: "cpu", "gpu", "tpu" …; None: that of `platforms.device`.
 
     Raises:
@@ -58,6 +58,8 @@ def choose(
     if platform in FUSED and (reason := _uncut(q.shape[0], platform)):
         return Choice("xla", reason)
     options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    if adjacent:
+        options["adjacent"] = True
     reason = FUSED.get(platform, tpu).unsupported(q, k, v, **options)
     return Choice("xla", reason) if reason else Choice("pallas")
 

@@ -25,11 +25,13 @@ from halonet_jax.ops.tpu_kernels import LANES, SUBLANES, Plan
 VMEM_BYTES = 64 * 2**20
 
 
-def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, interpret=True):
+def attend(
+    q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, centered, masked, logits_scale, adjacent=False, interpret=True
+):  # fmt: skip
     """Attends by kernels. On platforms other than TPU they are interpreted: correct, but slow.
 
     Args:
-        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale: as of
+        q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, centered, masked, logits_scale, adjacent: as of
             `reference.attend`.
         interpret: False: the result is zeros on platforms other than TPU, for callers that do not use it there.
 
@@ -39,7 +41,9 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     Raises:
         ValueError: `unsupported` gives a reason.
     """
-    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    options = dict(
+        block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked, adjacent=adjacent
+    )
     reason = unsupported(q, k, v, **options)
     if reason:
         raise ValueError(f'implementation="pallas" cannot do this: {reason}; use "auto"')
@@ -55,7 +59,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     return _unlay_out(plan, out, q.shape).astype(v.dtype)
 
 
-def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True) -> str | None:
+def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, masked=True, adjacent=False) -> str | None:
     """Returns why the kernels cannot attend like this, or None if they can.
 
     The TPU is the one of the mesh that is set, which this machine need not have. Without a mesh it is this machine's
@@ -63,7 +67,7 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
 
     Args:
         q, k, v: arrays, or anything with their shapes and dtypes, as of `halo_attention`.
-        block_size, halo_size, stride, centered, masked: as of `reference.attend`.
+        block_size, halo_size, stride, centered, masked, adjacent: as of `reference.attend`.
     """
     chip = pltpu.get_tpu_info() if pltpu.is_tpu_device() else None  # none for interpreted kernels
     if chip and chip.generation < 4:
@@ -74,7 +78,11 @@ def unsupported(q, k, v, *, block_size, halo_size, stride=1, centered=False, mas
             return f"{name} is {x.dtype}, not float32 or bfloat16"
     if block_size % stride:
         stride = 1
-    options = dict(block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked)
+    options = dict(
+        block_size=block_size, halo_size=halo_size, stride=stride, centered=centered, masked=masked, adjacent=adjacent
+    )
+    if centered and adjacent and stride > 1:
+        return "windows centred on strided queries need tables by pixels, not by queries"
     _, cols = make_axes(k.shape, **options)
     if cols.halo > cols.block:
         return f"halo_size={halo_size} is more than block_size={block_size}, so that windows reach beyond the next block"
@@ -171,10 +179,10 @@ def _lay_table(plan, table, axis, lane):
 
 
 def _shifts(plan):
-    """`[2, M]` int32: how far each stacked query's row and column are before the last of its block."""
+    """`[2, M]` int32: how far each stacked query's row and column are, to the tables, before the block's last."""
     pixel = np.minimum(np.arange(plan.block_queries), plan.rows.queries * plan.cols.queries - 1)
     indices = np.divmod(pixel, plan.cols.queries)
-    shifts = [axis.block - 1 - index * axis.stride for axis, index in zip((plan.rows, plan.cols), indices)]
+    shifts = [axis.block - 1 - index * axis.table_step for axis, index in zip((plan.rows, plan.cols), indices)]
     return jnp.asarray(np.tile(np.stack(shifts), (1, plan.group)), jnp.int32)
 
 

@@ -1,5 +1,8 @@
 """Draws pictures of runs and of the operator."""
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 from etils import epath
 
 from halonet_jax.runtime import reporting
@@ -87,6 +90,110 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
         handles, ["queries", "halo: keys and values only"], loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
     )
     _save(figure, path)
+
+
+class AttentionPanel(NamedTuple):
+    """What one query attends to, for `attention`. Boxes are (top, left, bottom, right) as shares of the image's sides.
+
+    Attributes:
+        title: above the panel.
+        weights: float `[rows, columns]`, over the window.
+        query: box of the query's pixel.
+        block: box of its block.
+        window: box of the block and its halo, which `weights` divide evenly. It may reach beyond the image.
+    """
+
+    title: str
+    weights: Any
+    query: tuple[float, float, float, float]
+    block: tuple[float, float, float, float]
+    window: tuple[float, float, float, float]
+
+
+def attention(image: Any, rows: Sequence[Sequence[AttentionPanel | None]], title: str, path: str | epath.Path) -> None:
+    """Draws what queries attend to over an image, and writes a PNG.
+
+    The first column shows the image with the query of its row. In a panel, the brightest pixel has the greatest weight, the
+    solid line is the block, the dashed line is the block with its halo, and the small square is the query.
+
+    Args:
+        image: uint8 `[H, W, 3]`.
+        rows: panels by row, equally many in each; None leaves a panel out.
+        title: above the image.
+        path: of the PNG.
+    """
+    height, width = image.shape[:2]
+    columns, names = 1 + max(map(len, rows)), ("query", "block", "block and halo: where its keys are", "attended to most")
+    ratio = min(max(height / width, 0.5), 2)
+    figure, axes = _figure(len(rows), columns, figsize=(2.6 * columns, (2.6 * ratio + 0.3) * len(rows) + 0.4), squeeze=False)
+    shown = None
+    for (first, *others), panels in zip(axes, rows):
+        query = next(panel.query for panel in panels if panel)
+        if query == shown:  # one more head of the same query
+            first.set_axis_off()
+        else:
+            _show(first, image, title if shown is None else "")
+            y, x = (query[0] + query[2]) / 2 * height, (query[1] + query[3]) / 2 * width
+            for color, size in (("black", 13), ("white", 9)):
+                first.plot(x, y, "+", color=color, markersize=size, markeredgewidth=size / 4)
+            shown = query
+        for a, panel in zip(others, panels):
+            if panel is None:
+                a.set_axis_off()
+                continue
+            _show(a, image, panel.title)
+            _shade(a, panel, height, width)
+    figure.legend(
+        _samples(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9, handlelength=1.8,
+        handleheight=1.2,
+    )  # fmt: skip
+    _save(figure, path)
+
+
+# The outlines of a panel: query, block, window. Each is drawn over a darker, wider one, to be seen on any image.
+_OUTLINES = (
+    {"edgecolor": "#5ff0ff", "linewidth": 1.4},
+    {"edgecolor": "white", "linewidth": 1.4},
+    {"edgecolor": "white", "linewidth": 1.2, "linestyle": (0, (3, 2))},
+)
+
+
+def _show(axes, image, title):
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), interpolation="nearest" if max(height, width) < 200 else "antialiased")
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    axes.grid(False)
+    axes.set_title(title, fontsize=10, color=INK)
+
+
+def _shade(axes, panel, height, width):
+    from matplotlib import colormaps
+
+    sides, (top, left, bottom, right) = (height, width) * 2, panel.window
+    axes.add_patch(_rectangle((0, 0, height, width), facecolor="black", alpha=0.55, linewidth=0, zorder=1))
+    share = panel.weights / max(panel.weights.max(), 1e-12)
+    shade = colormaps["inferno"](share)
+    shade[..., 3] = 0.25 + 0.6 * share  # the image shows through, most where little is attended to
+    extent = (left * width, right * width, bottom * height, top * height)
+    axes.imshow(shade, extent=extent, interpolation="nearest", zorder=2)
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    inset = 0.008 * max(height, width)  # a line on the image's edge would be cut in half
+    for order, (box, style) in enumerate(reversed(list(zip((panel.query, panel.block, panel.window), _OUTLINES)))):
+        box = [min(max(edge * side, inset), side - inset) for edge, side in zip(box, sides)]
+        axes.add_patch(_rectangle(box, fill=False, edgecolor="black", linewidth=style["linewidth"] + 1.4, zorder=3 + order))
+        axes.add_patch(_rectangle(box, fill=False, zorder=3 + order, **style))
+
+
+def _samples():
+    outlines = [_rectangle((0, 0, 1, 1), facecolor="#55534e", **style) for style in _OUTLINES]
+    return [*outlines, _rectangle((0, 0, 1, 1), facecolor="#e2e38f", linewidth=0)]
+
+
+def _rectangle(box, **style):
+    from matplotlib.patches import Rectangle
+
+    top, left, bottom, right = box
+    return Rectangle((left, top), right - left, bottom - top, **style)
 
 
 def _pixel(x, y, face, alpha):

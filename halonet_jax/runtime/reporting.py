@@ -17,6 +17,8 @@ from halonet_jax.errors import NonFiniteLoss, StorageError
 from halonet_jax.runtime import storage
 from halonet_jax.runtime.workdir import locate
 
+_LABELS = {"top1": "top-1"}  # of metrics on the terminal, where the name is not what people call it
+
 
 class StepMetrics:
     """Collects the metrics of every step since the last report.
@@ -233,8 +235,9 @@ class Reporter:
         """
         self.write(step, results)
         if self._enabled:
-            keys = [key for key in (f"eval/{self._metric}", f"eval_ema/{self._metric}") if key in results]
-            scores = [f"{key} {results[key]:.4f}" for key in keys]
+            label = _LABELS.get(self._metric, self._metric)
+            keys = {name: f"{name}/{self._metric}" for name in ("eval", "eval_ema")}
+            scores = [f"{name} {label} {results[key]:.4f}" for name, key in keys.items() if key in results]
             print(f"step {step}/{self._last_step}  {'  '.join(scores)}  ({results['eval/count']} examples)", flush=True)
 
     def write(self, step: int, values: dict[str, float]) -> None:

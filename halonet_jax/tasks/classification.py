@@ -1,5 +1,7 @@
 """Image classification with label smoothing, mixup and CutMix."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -7,7 +9,8 @@ import optax
 
 from halonet_jax import config as config_lib
 from halonet_jax import data, models
-from halonet_jax.tasks import mixing
+from halonet_jax.models import freezing
+from halonet_jax.tasks import adapting, mixing
 from halonet_jax.training.task import Task
 
 # For compile checks. Other sources count as ImageNet.
@@ -56,10 +59,14 @@ def expected_metadata(config: ml_collections.ConfigDict) -> dict:
     return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
 
 
+# In words, for those who use the model elsewhere.
+_INTERPOLATIONS = {"area_bicubic": "area, then bicubic", "bicubic": "antialiased bicubic of the image, then crop"}
+
+
 def _preprocessing(config):
     d = config.data
     return {
-        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": "area, then bicubic",
+        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": _INTERPOLATIONS[d.interpolation],
         "mean": list(d.mean), "std": list(d.std),
     }  # fmt: skip
 
@@ -101,7 +108,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         images, labels = normalize(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
         images, labels = mixing.mix(mix_rng, images, labels, data_config.mixup_alpha, data_config.cutmix_alpha)
-        variables = {"params": params, "batch_stats": model_state}
+        variables = {"params": freezing.stop_gradients(params, config.model.freeze), "batch_stats": model_state}
         logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_rng})
         top1 = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, labels).mean(), (updates["batch_stats"], {"top1": top1})
@@ -122,6 +129,12 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
             "loss": jnp.where(mask, cross_entropy, 0).sum(),
         }
 
+    if config.model.freeze and (unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)):
+        raise config_lib.ConfigError(
+            f"model.freeze has {unmatched[0]!r}, which matches no parameter; patterns look like 'backbone/stage1_*', and "
+            "models.create(...).init(...) shows all names"
+        )
+
     def transform(training):
         return data.ClassificationTransform(data_config, num_classes=num_classes, training=training)
 
@@ -129,6 +142,11 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         size = data_config.image_size
         return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
 
+    def adapt(variables, other_model, other_metadata):
+        return adapting.adapt(variables, other_model, model, other_metadata["class_names"], metadata["class_names"])
+
     return Task(
-        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe
+        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe,
+        model=model, normalize=normalize, distances=freezing.distances_from_top, adapt=adapt,
+        frozen=functools.partial(freezing.frozen, patterns=config.model.freeze) if config.model.freeze else None,
     )  # fmt: skip

@@ -4,17 +4,19 @@ import jax
 import ml_collections
 import optax
 
+from halonet_jax.training.task import Task
+
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Returns the schedule: linear warm-up from 0, then a cosine (paper, appendix).
+    """Returns the schedule: linear warm-up from 0, then a cosine (paper, appendix) or steps (the paper's detectors).
 
     The peak is `learning_rate * batch_size / learning_rate_batch_size`. The cosine ends at `end_factor` of the peak, at
-    `total_steps`.
+    `total_steps`. With `milestones`, the rate is multiplied by `milestone_factor` at each of them instead.
 
     Args:
         config: the whole config; `schedule` and `batch_size` are read.
         total_steps: steps of the whole schedule, at least 1.
-        steps_per_epoch: converts the warm-up from epochs to steps.
+        steps_per_epoch: converts the warm-up and the milestones from epochs to steps.
 
     Returns:
         A function from the step to the learning rate.
@@ -24,13 +26,19 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
     if s.learning_rate_batch_size:
         peak *= config.batch_size / s.learning_rate_batch_size
     warmup_steps = min(round(s.warmup_epochs * steps_per_epoch), total_steps - 1)
+    if s.milestones:
+        drops = {round(epoch * steps_per_epoch) - warmup_steps: s.milestone_factor for epoch in s.milestones}
+        steps = optax.piecewise_constant_schedule(peak, drops)
+        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), steps], [warmup_steps])
     return optax.warmup_cosine_decay_schedule(
         init_value=peak if warmup_steps == 0 else 0.0, peak_value=peak, warmup_steps=warmup_steps, decay_steps=total_steps,
         end_value=peak * s.end_factor,
     )  # fmt: skip
 
 
-def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ml_collections.ConfigDict, schedule: optax.Schedule, task: Task | None = None
+) -> optax.GradientTransformation:
     """Returns SGD with Nesterov momentum, AdamW or LAMB, with gradient clipping if `clip_norm` is above 0.
 
     Weight decay applies to kernels only. SGD adds it to the gradient, like an L2 penalty. AdamW and LAMB decouple it.
@@ -38,6 +46,8 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
     Args:
         config: the whole config; `optimizer` is read.
         schedule: learning rate by step.
+        task: says which parameters are frozen, and how far each is from the output, for `layer_decay`. None: no parameter
+            is frozen, and all have the same rate.
     """
     o = config.optimizer
     if o.name == "sgd":
@@ -48,7 +58,20 @@ def make_optimizer(config: ml_collections.ConfigDict, schedule: optax.Schedule) 
     else:
         make = {"adamw": optax.adamw, "lamb": optax.lamb}[o.name]
         optimizer = make(schedule, b1=o.b1, b2=o.b2, weight_decay=o.weight_decay, mask=decay_mask)
-    return optax.chain(optax.clip_by_global_norm(o.clip_norm), optimizer) if o.clip_norm else optimizer
+    if o.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(o.clip_norm), optimizer)
+    if o.layer_decay < 1 and task and task.distances:
+        optimizer = optax.chain(optimizer, _scale_by_depth(task.distances, o.layer_decay))
+    if task and task.frozen:  # last: weight decay and momentum move parameters without a gradient too
+        optimizer = optax.chain(optimizer, optax.masked(optax.set_to_zero(), task.frozen))
+    return optimizer
+
+
+def _scale_by_depth(distances, decay):
+    def scale(updates, params):
+        return jax.tree.map(lambda update, distance: update * decay**distance, updates, distances(params))
+
+    return optax.stateless(scale)
 
 
 def decay_mask(params):

@@ -68,7 +68,7 @@ def make_programs(
         steps_per_epoch: converts the warm-up from epochs to steps.
     """
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
-    tx = optimizer.make_optimizer(config, schedule)
+    tx = optimizer.make_optimizer(config, schedule, task)
     create_state = functools.partial(state.create, task, tx, config.seed, ema=config.ema_decay > 0)
     abstract_state = jax.eval_shape(create_state)
     state_sharding = sharding.state_sharding(mesh, abstract_state)

@@ -30,6 +30,12 @@ class Task:
         metadata: JSON values that a checkpoint stores, so that it can be used without the training data: `class_names`
             and `preprocessing`.
         describe: `() -> str`, a line that is printed at the start of a run: the implementation that the devices use.
+        model: the Flax module, for features and for surgery on its variables; None where there is none.
+        normalize: `(images) -> inputs`, from a batch's uint8 images to what `model` takes; None where there is none.
+        frozen: `(params) -> tree of bools`: which parameters are not trained; None: all are.
+        distances: `(params) -> tree`: layers between each parameter and the output, for `optimizer.layer_decay`.
+        adapt: `(variables, model, metadata) -> (variables, rows)`: makes another model's variables fit this task, for
+            `init_from`. Rows are `(what, how)` texts for the terminal. Raises ValueError for what does not fit.
     """
 
     init: Callable[..., tuple[Any, Any]]
@@ -41,3 +47,8 @@ class Task:
     transform: Callable[[bool], Any] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     describe: Callable[[], str] = lambda: ""
+    model: Any = None
+    normalize: Callable[[Any], Any] | None = None
+    frozen: Callable[[Any], Any] | None = None
+    distances: Callable[[Any], Any] | None = None
+    adapt: Callable[..., Any] | None = None

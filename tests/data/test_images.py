@@ -6,9 +6,11 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 
+from halonet_jax import config as config_lib
 from halonet_jax import data
+from halonet_jax.data import images
 
 
 def _pil(image, file_format, **kwargs):
@@ -100,12 +102,56 @@ def test_sixteen_bit_png_keeps_the_upper_byte(photo):
     np.testing.assert_array_equal(data.decode(encoded), image)
 
 
-@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
-def test_orientation_is_ignored(photo, file_format):
+@pytest.mark.parametrize("value", range(1, 10))
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_an_orientation_is_followed_where_asked(photo, file_format, value):
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112] = "a camera's maker", value  # 9 is no orientation
+    encoded = _pil(Image.fromarray(photo(40, 60)), file_format, exif=exif)
+    stored = data.decode(encoded)
+    assert stored.shape == (40, 60, 3)
+    np.testing.assert_array_equal(data.decode(encoded, upright=True), ImageOps.exif_transpose(_with_exif(stored, value)))
+
+
+def _with_exif(image, orientation):
+    image = Image.fromarray(image)
+    image.getexif()[0x0112] = orientation
+    return image
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_files_without_an_orientation_are_the_same_upright(photo, kind):
+    encoded = FILES[kind](Image.fromarray(photo(40, 60)))
+    np.testing.assert_array_equal(data.decode(encoded, upright=True), data.decode(encoded))
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff\x01\x12", bytes(90)])
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_leaves_the_pixels_as_they_are(photo, file_format, exif):
+    encoded = _pil(Image.fromarray(photo(40, 60)), file_format, exif=b"Exif\0\0" + exif)
+    np.testing.assert_array_equal(data.decode(encoded, upright=True), data.decode(encoded))
+
+
+@pytest.mark.parametrize("source, shape", [("folder", (60, 40, 3)), ("tfds", (40, 60, 3))])
+def test_files_are_turned_and_imagenet_is_not(photo, monkeypatch, source, shape):
+    """Published ImageNet figures ignore the orientation."""
     exif = Image.Exif()
     exif[0x0112] = 6  # "rotate by 90°"
-    encoded = _pil(Image.fromarray(photo(40, 60)), file_format, exif=exif)
-    assert data.decode(encoded).shape == (40, 60, 3)
+    config = config_lib.digits().data
+    config.source = source
+    transform = data.ClassificationTransform(config, num_classes=1, training=False)
+    shapes = []
+    crop = images.eval_transform
+    monkeypatch.setattr(images, "eval_transform", lambda image, options: shapes.append(image.shape) or crop(image, options))
+    transform({"image": _pil(Image.fromarray(photo(40, 60)), "JPEG", exif=exif), "label": 0}, None)
+    assert shapes == [shape]
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "WEBP"])
+def test_an_animation_gives_its_first_frame(photo, file_format):
+    frames = [Image.fromarray(photo()), Image.fromarray(255 - photo())]
+    encoded = _pil(frames[0], file_format, save_all=True, append_images=frames[1:], lossless=True)
+    assert abs(data.decode(encoded).astype(int) - np.asarray(frames[0])).max() <= 2
 
 
 def test_harmless_flaws_are_no_corruption(photo):

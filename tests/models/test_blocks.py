@@ -92,11 +92,32 @@ def test_a_detector_backbone_replaces_the_last_three_convolutions():
         ({"value_width": 9}, "num_heads=2 must divide 9 channels of values; .* a multiple of 2"),
         ({"block_size": None}, "block_size=None must be"),
         ({"se_ratio": -1}, "se_ratio=-1 must be a finite number between 0 and 1"),
+        ({"groups": 2}, "groups=2 must be 1 in a block of kind='attention'; leave it out, or set kind='conv'"),
+        ({"pool": 1}, "pool=1 must be True or False"),
+        ({"shortcut": "none"}, "shortcut='none' is unknown; use one of conv, identity"),
+        ({"adjacent_queries": True, "stride": 3}, "needs a block_size that stride=3 divides, not 4; use block_size=6"),
+        ({"kind": "lambda"}, "block_size=4 must be None in a block of kind='lambda'"),
     ],
 )
 def test_bad_blocks(options, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(HALO, **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"groups": 3}, "groups=3 must divide width=8"),
+        ({"gate": "eca", "gate_size": 4}, "gate_size=4 must be odd for gate='eca'; for example gate_size=5"),
+        ({"gate": "se"}, "gate_size=None must be a whole number"),
+        ({"gate_size": 3}, "gate_size=3 must be None without a gate"),
+        ({"kind": "lambda", "num_heads": 2, "context_size": 4}, "context_size=4 must be odd; for example context_size=5"),
+        ({"kind": "lambda", "num_heads": 2, "context_size": 3, "stride": 2}, "stride=2 must be 1 in a block of kind='lambda'"),
+    ],
+)
+def test_bad_blocks_of_other_kinds(options, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONV, **options)
 
 
 @pytest.mark.parametrize(

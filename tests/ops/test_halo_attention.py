@@ -25,7 +25,9 @@ def make_inputs(seed, height, width, b, h, stride=1, heads=2, channels=8, value_
     )  # fmt: skip
 
 
-def loops(q, k, v, rel_rows, rel_cols, b, h, stride, window="neighborhood", padding="mask", logits_scale=None):
+def loops(
+    q, k, v, rel_rows, rel_cols, b, h, stride, window="neighborhood", padding="mask", logits_scale=None, table_offsets="pixels"
+):  # fmt: skip
     """The definition in float64 and Python loops: independent of everything in the package."""
     q, k, v, rel_rows, rel_cols = (np.asarray(x, np.float64) for x in (q, k, v, rel_rows, rel_cols))
     batch, height, width, heads, channels = k.shape
@@ -41,7 +43,10 @@ def loops(q, k, v, rel_rows, rel_cols, b, h, stride, window="neighborhood", padd
                 if padding == "mask" and not inside or window == "centered" and max(abs(r - y), abs(s - x)) > h:
                     continue
                 key = k[n, r, s, head] if inside else np.zeros(channels)
-                position = query[:half] @ rel_rows[r - y + b - 1 + h] + query[-half:] @ rel_cols[s - x + b - 1 + h]
+                row, col = r - y + b - 1 + h, s - x + b - 1 + h
+                if table_offsets == "queries":
+                    row, col = row + y % b - y % b // stride, col + x % b - x % b // stride
+                position = query[:half] @ rel_rows[row] + query[-half:] @ rel_cols[col]
                 logits.append(scale * (query @ key + position))
                 values.append(v[n, r, s, head] if inside else np.zeros(v.shape[-1]))
         weights = np.exp(np.array(logits) - max(logits))
@@ -79,6 +84,9 @@ PALLAS_GPU = (
 )  # fmt: skip
 EINSUM = [(size, stride, VARIANTS[n % 3]) for n, (size, stride) in enumerate(itertools.product(SIZES, (1, 2)))]
 CASES = [(attend, *case) for attend in (einsum.attend, einsum_cpu.attend) for case in EINSUM]
+TIMM = {"padding": "zero", "table_offsets": "queries", "full_width": True}
+CASES += [(attend, (9, 8, 4, 2), 2, TIMM) for attend in (einsum.attend, einsum_cpu.attend, tpu.attend, gpu.attend)]
+CASES += [(attend, (6, 7, 6, 1), 3, TIMM | {"window": "centered"}) for attend in (einsum.attend, gpu.attend)]
 CASES += [(tpu.attend, *case) for case in PALLAS_TPU] + [(gpu.attend, *case) for case in PALLAS_GPU]
 
 
@@ -204,6 +212,8 @@ def test_logits_of_a_whole_map_never_stand():
         ({"padding": "wrap"}, "padding='wrap'"),
         ({"implementation": "fast"}, "implementation='fast'"),
         ({"stride": 2}, r"q has shape .* with k of shape .* and stride=2 it must be"),
+        ({"table_offsets": "blocks"}, "table_offsets='blocks' is unknown; use one of pixels, queries"),
+        ({"table_offsets": "queries", "stride": 3}, "needs a block_size that stride=3 divides, not 4; .* block_size=6"),
         ({"halo_size": 2}, r"both must be \(11, 4\) or \(11, 8\)"),
     ),
 )
