@@ -23,19 +23,8 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     Raises:
         ConfigError: another argument.
     """
-    config = config_lib.imagenet()
-    config.model.name = "h4_base128"
+    config = config_lib.sibling(__file__, "h4_base128_finetune384")
     config.model.block_size = 16
     config.model.halo_size = 1
     config.data.image_size = 512
-    config.data.randaugment_layers = 0
-    config.batch_size = 512
-    config.num_epochs = 8.0
-    config.schedule.learning_rate = 0.016
-    config.schedule.learning_rate_batch_size = 512
-    config.schedule.warmup_epochs = 0.5
-    config.optimizer.weight_decay = 0.0  # "no other regularisation"
-    config.label_smoothing = 0.1
-    config.ema_decay = 0.0
-    config.eval_every_epochs = 1.0
     return config_lib.with_argument(config, argument)
