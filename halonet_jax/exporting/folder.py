@@ -73,10 +73,10 @@ def check_out(out: str | Path, overwrite: bool) -> Path:
     path = Path(os.path.abspath(out))
     if not os.path.lexists(path):
         return path
-    if not overwrite:
-        raise ConfigError(f"--out={out} exists; give another folder, or add --overwrite to replace it")
     if path.is_symlink() or not (path / REPORT).is_file():
         raise ConfigError(f"--out={out} is no export, and --overwrite replaces exports alone; give another folder")
+    if not overwrite:
+        raise ConfigError(f"--out={out} exists; give another folder, or add --overwrite to replace it")
     return path
 
 
