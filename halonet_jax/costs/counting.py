@@ -6,7 +6,8 @@ fvcore count them. Norms, activation functions, softmax and pooling count nothin
 Attention counts by its definition, so that the result does not depend on the implementation. Each query of the map meets
 all keys of its block's window, keys outside of the map included. With the padding "mask", a block that exceeds the map
 shrinks to it. With relative positions, each query also meets one row of a relative table for each row and each column
-of the window. Absolute ones are sums, which count nothing; their parameters depend on the size of the images. Where the stride does not divide the block size, the operator attends from every pixel, and that is counted.
+of the window. Absolute positions are sums, which count nothing; their parameters depend on the size of the images.
+Where the stride does not divide the block size, the operator attends from every pixel, and that is counted.
 """
 
 import math

@@ -72,7 +72,8 @@ class HaloAttention(nn.Module):
             `[B, ceil(H / stride), ceil(W / stride), value_channels]` in `dtype`.
 
         Raises:
-            ValueError: the heads do not divide the widths, the map is not of the size of absolute tables, or `ops.halo_attention` finds another fault.
+            ValueError: the heads do not divide the widths, the map is not of the size of the absolute tables, or
+                `ops.halo_attention` finds another fault.
         """
         value_channels = self.channels if self.value_channels is None else self.value_channels
         for name, value, least in (

@@ -99,8 +99,8 @@ def resolve(name: str, **overrides) -> dict:
 
     Raises:
         ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide
-            the widths, squeeze-and-excitation or an option of attention is set and would be in no block, or a stage option is given for a model that
-            lists its blocks.
+            the widths, squeeze-and-excitation or an option of attention would be in no block, or a stage option is given for
+            a model that lists its blocks.
     """
     if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"model {name!r} is unknown; {checks.nearest(name, VARIANTS)}")

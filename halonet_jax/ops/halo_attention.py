@@ -40,8 +40,8 @@ def halo_attention(
 
     and the softmax is over the neighbourhood. If the tables are `[2b + 2h - 1, D / 2]`, `q_rows` is the first half of
     q's channels and `q_cols` the second (the paper's factorised form). If they are `[2b + 2h - 1, D]`, both are all of
-    q. All heads share the tables. If both are None, the logit is `logits_scale * q · k`. Any map size works. One block that covers the map gives global attention.
-    `block_size=1` gives attention over windows around each pixel.
+    q. All heads share the tables. If both are None, the logit is `logits_scale * q · k`. Any map size
+    works. One block that covers the map gives global attention. `block_size=1` gives attention over windows around each pixel.
 
     Source: arXiv 2103.12731, sections 2 and 3. The paper does not state `padding`; `window="centered"` is not the
     paper's.

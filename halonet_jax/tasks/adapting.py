@@ -1,4 +1,4 @@
-"""Makes the variables of one HaloNet fit another: other classes, other blocks, halos and positions' tables, stacked or not (paper, section 4)."""
+"""Makes the variables of one HaloNet fit another: other classes, blocks or image sizes, stacked or not (paper, section 4)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +17,8 @@ def adapt(
     """Makes variables of `source` fit `target`.
 
     Classes that both have keep their weights in the classifier; new ones start at zero. Tables of positions are
-    interpolated: relative ones where block or halo size differ, absolute ones where the images do. All else must be the same in both.
+    interpolated: relative ones where block or halo size differ, absolute ones where the images do. All else must be the
+    same in both.
 
     Args:
         variables: `{"params": …, "batch_stats": …}` of `source`.
