@@ -175,7 +175,7 @@ OPTIMIZER = (
     Knob("b1", 0.9, Real(0, 0.999999), "", OURS, "decay of the first moment, for adamw and lamb"),
     Knob("b2", 0.999, Real(0, 0.999999), "", OURS, "decay of the second moment, for adamw and lamb"),
     Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
-         "weight decay of kernels; norms, biases and relative tables have none (OPEN)"),
+         "weight decay of kernels; norms, biases and tables of positions have none (OPEN)"),
     Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "upper limit of the gradient's global norm; 0: no clipping"),
     Knob("layer_decay", 1.0, Real(0.01, 1), "", OURS,
          "the learning rate of each block over that of the block above it, for fine-tuning; 1: all the same"),

@@ -40,7 +40,7 @@ def adapt(
     unrolled = target.clone(backbone=target.backbone.clone(scan=False, parent=None), parent=None)
     wanted = jax.eval_shape(lambda: unrolled.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False))
     _check_blocks(found["params"]["backbone"], wanted["params"]["backbone"])
-    _check_same(found, wanted, by=lambda leaf: "there")
+    _check_same(found, wanted, free=("attention/rel_", "attention/abs_", "params/classifier/"))
     relative = transfer.resize_relative_tables(found, target.backbone.stages)
     absolute = transfer.resize_absolute_tables(relative, target.backbone, image_size, image_size)
     interpolated = 0
@@ -82,12 +82,15 @@ def _check_blocks(ours, theirs):
         )
 
 
-def _check_same(found, wanted, by=lambda leaf: tuple(leaf.shape)):
-    """Refuses other names of arrays, or arrays that differ in what `by` says of them."""
-    named = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="/"): by(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+def _check_same(found, wanted, free=()):
+    """Refuses other names of arrays, or other shapes. Arrays with a part of `free` in the name may have any shape."""
+
+    def named(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+        shape = lambda name, leaf: "there" if any(part in name for part in free) else tuple(leaf.shape)
+        return {name: shape(name, leaf) for name, (_, leaf) in zip(names, leaves)}
+
     ours, theirs = named(found), named(wanted)
     wrong = [name for name in sorted(ours | theirs) if ours.get(name) != theirs.get(name)]
     if wrong:
