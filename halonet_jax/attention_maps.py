@@ -62,9 +62,9 @@ class AttentionMap:
     Attributes:
         layer: stage, block, heads, block and halo size of the layer, and the size of its map.
         q: float32 `[ceil(height / stride), ceil(width / stride), heads, channels]`, not scaled.
-        k: float32 `[height, width, heads, channels]`.
+        k: float32 `[height, width, heads, channels]`, with the embeddings of absolute positions where the layer has them.
         v: float32 `[height, width, heads, value channels]`.
-        rel_rows, rel_cols: relative tables, as of `ops.halo_attention`.
+        rel_rows, rel_cols: relative tables, as of `ops.halo_attention`; without channels where the layer has none.
         output: float32 `[ceil(height / stride), ceil(width / stride), heads, value channels]`, what the layer gave.
         centered: whether a query sees its own surroundings alone (`window="centered"`).
         masked: whether keys outside of the map take no part (`padding="mask"`).
@@ -109,14 +109,14 @@ class AttentionMap:
         inside = ((rows >= 0) & (rows < height))[:, None] & ((columns >= 0) & (columns < width))  # [R, S]
         keys = self._window(self.k, rows, columns, inside)  # [R, S, N, D]
 
-        half = self.rel_rows.shape[1]  # channels of one axis: half of the head's, or all
+        half = self.rel_rows.shape[1]  # channels of one axis: half of the head's, all, or none
         center = b - 1 + h
         table_row, table_column = row, column  # of the query, to the tables
         if self.layer.adjacent_queries:
             table_row, table_column = top + (row - top) // self.layer.stride, left + (column - left) // self.layer.stride
         logits = np.einsum("nd,rsnd->nrs", q, keys)
         logits += np.einsum("nd,rd->nr", q[:, :half], self.rel_rows[rows - table_row + center])[:, :, None]
-        logits += np.einsum("nd,sd->ns", q[:, -half:], self.rel_cols[columns - table_column + center])[:, None, :]
+        logits += np.einsum("nd,sd->ns", q[:, q.shape[1] - half :], self.rel_cols[columns - table_column + center])[:, None, :]
         logits *= self.logits_scale
         visible = inside if self.masked else np.ones_like(inside)
         if self.centered:

@@ -12,12 +12,12 @@ from halonet_jax.models import BlockSpec
 from halonet_jax.training.task import Task
 
 
-def loaded_model(block_size=4, halo_size=1, blocks=1, block=None, **options):
+def loaded_model(block_size=4, halo_size=1, blocks=1, block=None, size=(32, 32), **options):
     """A model of two stages, the second with stride 2, and random weights."""
     attention = dict(width=8, out_width=8, num_heads=2, block_size=block_size, halo_size=halo_size, **block or {})
     stages = [[BlockSpec("attention", **attention)] * blocks, [BlockSpec("attention", stride=2, **attention)]]
     model = models.create("h1", 3, stages=stages, stem="patch", stem_width=8, final_width=0, **options)
-    variables = jax.jit(lambda: model.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32), train=False))()
+    variables = jax.jit(lambda: model.init(jax.random.key(0), np.zeros((1, *size, 3), np.float32), train=False))()
     noise = np.random.default_rng(1)
     variables["params"] = jax.tree.map(lambda x: x + 0.2 * noise.normal(size=x.shape).astype("float32"), variables["params"])
     task = Task(None, None, None, None, model=model, normalize=lambda images: images / np.float32(128) - 1)
@@ -31,11 +31,13 @@ def loaded_model(block_size=4, halo_size=1, blocks=1, block=None, **options):
         dict(block_size=3, halo_size=2, padding="zero", blocks=3, scan=True),  # the stride does not divide the block
         dict(halo_size=2, window="centered", remat=True),
         dict(padding="zero", block={"full_tables": True, "adjacent_queries": True}),
+        dict(block={"positions": "absolute", "query_width": 16}),
+        dict(block={"positions": "none", "pool": True}, padding="zero"),
     ],
-    ids=["mask", "zero", "centered", "timm"],
+    ids=["mask", "zero", "centered", "timm", "absolute", "none"],
 )  # fmt: skip
 def test_weights_times_values_are_what_each_layer_gives(options):
-    loaded = loaded_model(**options)
+    loaded = loaded_model(**options, size=(28, 44))
     image = np.random.default_rng(0).integers(0, 256, (28, 44, 3), np.uint8)
     captured = attention_maps.Capture(loaded)(image)
     assert [found.layer for found in captured.layers] == loaded.model.backbone.attention_layers(28, 44)

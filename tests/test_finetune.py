@@ -37,7 +37,7 @@ def named(tree):
 def test_classes_are_kept_by_name_and_tables_interpolated(scan):
     source, target = small(3, scan=scan[0]), small(4, scan=scan[1], block_size=6, halo_size=2)
     old = variables_of(source)
-    new, rows = adapting.adapt(old, source, target, ["ant", "bee", "cat"], ["cat", "dog", "ant", "eel"])
+    new, rows = adapting.adapt(old, source, target, ["ant", "bee", "cat"], ["cat", "dog", "ant", "eel"], 32)
     before, after = named(old), named(new)
     wanted = named(variables_of(target))
     assert {k: x.shape for k, x in after.items()} == {k: x.shape for k, x in wanted.items()}
@@ -57,13 +57,27 @@ def test_classes_are_kept_by_name_and_tables_interpolated(scan):
         ({"base_width": 16}, r"is \(8,\) in the weights to start from and \(16,\) by the config"),
         ({"stage_sizes": (1, 2, 3, 1)}, "backbone/stage2_block2 is absent from the weights to start from"),
         ({"stage_sizes": (1, 1, 2, 1)}, "backbone/stage3_block3 is only in the weights to start from"),
-        ({"stage_kinds": ("conv",) + ("attention",) * 3}, "stage1_block1 is no block of kind='conv'"),
+        (
+            {"stage_kinds": ("conv",) + ("attention",) * 3},
+            r"stage1_block1/attention/key/kernel is \(8, 8\) in the weights to start from and absent by the config",
+        ),
+        ({"positions": "absolute"}, "attention/abs_cols is absent in the weights to start from and there by the config"),
+        ({"positions": "none"}, "attention/rel_cols is there in the weights to start from and absent by the config"),
     ],
 )
 def test_another_model_is_named(change, message):
     source = small()
     with pytest.raises(ValueError, match=message):
-        adapting.adapt(variables_of(source), source, small(**change), ["a", "b", "c"], ["a", "b", "c"])
+        adapting.adapt(variables_of(source), source, small(**change), ["a", "b", "c"], ["a", "b", "c"], 32)
+
+
+def test_absolute_tables_are_interpolated_to_the_new_image_size():
+    source, target = small(positions="absolute"), small(positions="absolute", scan=True)
+    old = variables_of(source)
+    new, rows = adapting.adapt(old, source, target, ["a", "b", "c"], ["a", "b", "c"], 48)
+    wanted = jax.eval_shape(lambda: target.init(jax.random.key(0), np.zeros((1, 48, 48, 3)), train=False))
+    assert jax.tree.map(np.shape, new) == jax.tree.map(np.shape, wanted)
+    assert ("12 absolute tables", "interpolated to the new image size") in rows
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -20,7 +20,7 @@ import ml_collections
 from ml_collections.config_dict import placeholder
 
 from halonet_jax.config.rules import Choice, EmptyOr, Real, Rule, Switch, Text, Tuple, Whole
-from halonet_jax.models import variants
+from halonet_jax.models import checks, variants
 from halonet_jax.ops import selection
 from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 
@@ -112,7 +112,9 @@ MODEL = (
          "number of blocks in each of the four stages"),
     Knob("base_width", None, Whole(1, 2**16), "channels", PAPER, "width of the first stage; each stage doubles it"),
     Knob("stem_width", None, Whole(1, 2**16), "channels", PAPER, "width of the stem's output"),
-    Knob("value_ratio", None, Real(0.001, 1000), "", PAPER, "width of the values over that of the queries (r_v)"),
+    Knob("query_ratio", None, Real(0.001, 1000), "", PAPER,
+         "width of queries and keys over a block's inner width (r_qk)"),
+    Knob("value_ratio", None, Real(0.001, 1000), "", PAPER, "width of the values over a block's inner width (r_v)"),
     Knob("expansion_ratio", None, Real(0.001, 1000), "", PAPER, "a block's output width over its inner width (r_b)"),
     Knob("final_width", None, Whole(0, 2**16), "channels", PAPER,
          "width of the last 1x1 convolution (d_f); 0: no such layer"),
@@ -124,6 +126,10 @@ MODEL = (
          "kinds of blocks with squeeze-and-excitation: attention, conv"),
     Knob("se_ratio", None, Real(0, 1), "", OPEN,
          "inner width of squeeze-and-excitation over the block's width; 0: off"),
+    Knob("positions", None, Choice(checks.POSITIONS), "", PAPER,
+         "relative: the paper's tables; absolute: embeddings of rows and columns in the keys (how is OPEN); or none"),
+    Knob("downsampling", None, Choice(variants.DOWNSAMPLINGS), "", PAPER,
+         "strided: every second pixel per axis attends; pooled: all do, and the mean of 2x2 pixels follows"),
     Knob("padding", None, Choice(PADDINGS), "", OPEN, "keys outside the map: masked, or zeros; mask in the paper's models"),
     Knob("activation", None, Text(), "", PAPER, "activation function: silu or relu"),
 )
@@ -169,7 +175,7 @@ OPTIMIZER = (
     Knob("b1", 0.9, Real(0, 0.999999), "", OURS, "decay of the first moment, for adamw and lamb"),
     Knob("b2", 0.999, Real(0, 0.999999), "", OURS, "decay of the second moment, for adamw and lamb"),
     Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
-         "weight decay of kernels; norms, biases and relative tables have none (OPEN)"),
+         "weight decay of kernels; norms, biases and tables of positions have none (OPEN)"),
     Knob("clip_norm", 0.0, Real(0, 1e9), "", OPEN, "upper limit of the gradient's global norm; 0: no clipping"),
     Knob("layer_decay", 1.0, Real(0.01, 1), "", OURS,
          "the learning rate of each block over that of the block above it, for fine-tuning; 1: all the same"),

@@ -5,8 +5,9 @@ fvcore count them. Norms, activation functions, softmax and pooling count nothin
 
 Attention counts by its definition, so that the result does not depend on the implementation. Each query of the map meets
 all keys of its block's window, keys outside of the map included. With the padding "mask", a block that exceeds the map
-shrinks to it. Each query also meets, for its position, one row of a relative table for each row and each column of the
-window. Where the stride does not divide the block size, the operator attends from every pixel, and that is counted.
+shrinks to it. With relative positions, each query also meets one row of a relative table for each row and each column
+of the window. Absolute positions are sums, which count nothing; their parameters depend on the size of the images.
+Where the stride does not divide the block size, the operator attends from every pixel, and that is counted.
 """
 
 import math
@@ -74,11 +75,11 @@ def count(model: models.HaloNet, batch: int, height: int, width: int) -> Counts:
 
     # Loops over equal blocks are traced once.
     model = model.clone(backbone=model.backbone.clone(scan=True, remat=False, attention_impl=_attend))
-    images = lambda *shape: jax.ShapeDtypeStruct((*shape, 3), jnp.float32)
+    images = lambda batch: jax.ShapeDtypeStruct((batch, height, width, 3), jnp.float32)
     apply = lambda function: lambda *args: function(*args, train=False)
-    variables = jax.eval_shape(apply(model.init), jax.random.key(0), images(1, 32, 32))
+    variables = jax.eval_shape(apply(model.init), jax.random.key(0), images(1))
     with nn.intercept_methods(note_maps):
-        jaxpr = jax.make_jaxpr(apply(model.apply))(variables, images(batch, height, width))
+        jaxpr = jax.make_jaxpr(apply(model.apply))(variables, images(batch))
     parameters = Counter()
     for path, x in jax.tree_util.tree_leaves_with_path(variables["params"]):
         parameters[_part(jax.tree_util.keystr(path, simple=True, separator="/"))] += math.prod(x.shape)
@@ -134,6 +135,8 @@ def products_of(jaxpr: Any, path: str = "", times: int = 1) -> Counter:
                 terms = math.prod(left[axis] for axis in contracted)
             else:
                 terms = math.prod(right) // right[parameters["dimension_numbers"].rhs_spec[0]]
+            if not terms:  # a position term without channels
+                continue
             found[scope, "multiply_adds"] += times * size * terms
             found[scope, "activations"] += times * size
             continue

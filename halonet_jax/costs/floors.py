@@ -65,6 +65,7 @@ class Layer(NamedTuple):
         block_size: side of a block of queries (b), in pixels.
         halo_size: border around the block (h), in pixels.
         stride: of the queries.
+        relative: whether there are relative tables.
     """
 
     batch: int
@@ -76,6 +77,7 @@ class Layer(NamedTuple):
     block_size: int
     halo_size: int
     stride: int = 1
+    relative: bool = True
 
 
 class Work(NamedTuple):
@@ -137,7 +139,7 @@ def layer(name: str, batch: int) -> Layer:
 def forward(layer: Layer, itemsize: int = 2) -> Work:
     """Returns the work of the forward pass.
 
-    It reads q, k, v and the tables and writes the output. It computes both products, the position logits, and one
+    It reads q, k, v and the tables and writes the output. It computes both products, the logits of relative positions, and one
     exponential for each query and key.
 
     Args:
@@ -189,6 +191,8 @@ def rates(device_kind: str) -> Rates | None:
 
 
 def _table_size(layer):
+    if not layer.relative:
+        return 0
     rows = 2 * layer.block_size + 2 * layer.halo_size - 1
     return 2 * 4 * rows * (layer.channels // layer.heads // 2)  # float32
 
@@ -198,7 +202,7 @@ def _counts(layer):
     n = layer
     (rows, row_pairs), (cols, col_pairs) = (_axis(size, n.block_size, n.halo_size, n.stride) for size in (n.height, n.width))
     queries, pairs = n.batch * rows * cols, n.batch * row_pairs * col_pairs
-    return queries, pairs, n.batch * (row_pairs * cols + rows * col_pairs) * n.channels // 2
+    return queries, pairs, n.relative * n.batch * (row_pairs * cols + rows * col_pairs) * n.channels // 2
 
 
 def _axis(size, block, halo, stride):

@@ -12,7 +12,7 @@ GATES = ("se", "eca")
 SHORTCUTS = ("conv", "identity")
 # Fields that belong to some kinds alone, with the value that says that a block does not use them.
 _FIELDS_OF = {
-    "attention": ("block_size", "halo_size", "value_width", "full_tables", "adjacent_queries", "pool"),
+    "attention": ("block_size", "halo_size", "value_width", "full_tables", "adjacent_queries", "pool", "positions"),
     "conv": ("groups", "gate", "gate_size"),
     "lambda": ("context_size",),
 }
@@ -45,8 +45,10 @@ class BlockSpec:
         last_activation: whether the activation acts on the sum with the shortcut.
         full_tables: whether queries meet both relative tables with all of their channels, not with half of them each.
         adjacent_queries: whether the tables take strided queries as adjacent, `table_offsets="queries"` of the operator.
-        pool: whether a strided attention attends from all pixels, and gives the mean over `stride` x `stride` of them.
+        pool: whether a strided attention attends from all pixels, and gives the mean over `stride` x `stride` of them. At the
+            bottom and right, the mean is over those that are on the map.
         context_size: side of the square of pixels that a lambda layer's position term reaches, an odd number.
+        positions: what attention knows of places, see `layers.HaloAttention`: "relative", "absolute" or "none".
 
     Raises:
         ValueError: a field is out of range, unknown, absent or not of this kind, or the heads do not divide the widths.
@@ -71,6 +73,7 @@ class BlockSpec:
     adjacent_queries: bool = False
     pool: bool = False
     context_size: int | None = None
+    positions: str = "relative"
 
     def __post_init__(self):
         checks.choice("kind", self.kind, KINDS)
@@ -94,6 +97,7 @@ class BlockSpec:
             return
         for name, least in (("block_size", 1), ("halo_size", 0)):
             checks.whole(name, getattr(self, name), least)
+        checks.positions(self.positions, self.full_tables, self.adjacent_queries)
         if self.adjacent_queries and self.block_size % self.stride:
             raise ValueError(
                 f"adjacent_queries=True needs a block_size that stride={self.stride} divides, not {self.block_size}; use "
@@ -182,6 +186,7 @@ class AttentionLayer(NamedTuple):
         halo_size: border around a block that keys come from as well, in pixels of the map (h).
         stride: pixels of the map per query, per axis.
         adjacent_queries: whether the tables take strided queries as adjacent.
+        positions: "relative", "absolute" or "none".
     """
 
     stage: int
@@ -195,6 +200,7 @@ class AttentionLayer(NamedTuple):
     halo_size: int
     stride: int
     adjacent_queries: bool = False
+    positions: str = "relative"
 
 
 def attention_layers(stages: Stages, height: int, width: int) -> list[AttentionLayer]:
@@ -210,7 +216,7 @@ def attention_layers(stages: Stages, height: int, width: int) -> list[AttentionL
         for position, b in enumerate(stage, start=1):
             if b.kind == "attention":
                 sizes = b.num_heads, b.channels, b.value_channels, b.block_size, b.halo_size, 1 if b.pool else b.stride
-                found.append(AttentionLayer(number, position, height, width, *sizes, b.adjacent_queries))
+                found.append(AttentionLayer(number, position, height, width, *sizes, b.adjacent_queries, b.positions))
             height, width = -(-height // b.stride), -(-width // b.stride)
     return found
 

@@ -5,6 +5,8 @@ import math
 import numbers
 from collections.abc import Iterable
 
+POSITIONS = ("relative", "absolute", "none")
+
 
 def whole(name: str, value, least: int, example=None) -> None:
     """Checks that a value is a whole number.
@@ -97,6 +99,23 @@ def heads(num_heads: int, channels: int, value_channels: int) -> None:
             f"num_heads={num_heads} must divide {value_channels} channels of values; use a width of values that is a multiple "
             f"of {num_heads}, or another num_heads"
         )
+
+
+def positions(value, full_tables: bool, adjacent_queries: bool) -> None:
+    """Checks the position term of an attention layer.
+
+    Args:
+        value: one of `POSITIONS`.
+        full_tables: as of `HaloAttention`.
+        adjacent_queries: as of `HaloAttention`.
+
+    Raises:
+        ValueError: `value` is unknown, or the layer has no relative tables that the options could be about.
+    """
+    choice("positions", value, POSITIONS)
+    for name, given in (("full_tables", full_tables), ("adjacent_queries", adjacent_queries)):
+        if given and value != "relative":
+            raise ValueError(f"{name}=True is about relative tables, and positions={value!r} has none; leave {name} out")
 
 
 def nearest(value, known: Iterable[str]) -> str:

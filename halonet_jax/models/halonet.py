@@ -59,7 +59,7 @@ class Bottleneck(nn.Module):
             y = self.attention(
                 channels=spec.channels, num_heads=spec.num_heads, block_size=spec.block_size, halo_size=spec.halo_size,
                 value_channels=spec.value_channels, stride=spec.stride, full_tables=spec.full_tables,
-                adjacent_queries=spec.adjacent_queries, pool=spec.pool, name="attention",
+                adjacent_queries=spec.adjacent_queries, pool=spec.pool, positions=spec.positions, name="attention",
             )(y)  # fmt: skip
         elif spec.kind == "lambda":
             y = LambdaLayer(

@@ -19,7 +19,12 @@ class HaloAttention(nn.Module):
 
     `[B, H, W, C] -> [B, ceil(H / stride), ceil(W / stride), value_channels]`. Queries, keys and values are 1x1
     projections without bias. There is no output projection, since a 1x1 conv follows in the paper's blocks. All heads
-    share the relative tables. Parameters do not depend on `window`, `padding` and `implementation`.
+    share the tables of positions. Parameters do not depend on `window`, `padding` and `implementation`.
+
+    With `positions="absolute"`, keys get embeddings of their row and column on the map: the first half of a head's channels
+    that of the row, the second half that of the column. The tables have the size of the map at initialisation, and no other
+    map fits. Keys outside of the map have no embedding. The paper's ablations have absolute positions and do not say
+    how; this is our choice, the nearest to its relative ones.
 
     Attributes:
         channels: width of queries and keys, over all heads.
@@ -32,6 +37,8 @@ class HaloAttention(nn.Module):
         adjacent_queries: whether the tables take strided queries as adjacent, `table_offsets="queries"` of the operator.
         pool: whether all pixels attend, and the result is the mean over `stride` x `stride` of them. Otherwise every
             `stride`-th pixel per axis attends.
+        positions: "relative": the paper's tables, by offsets of keys from queries. "absolute": embeddings in the keys, see
+            above. "none": no position term.
         window: which keys a query sees, see `ops.halo_attention`: "neighborhood" or "centered".
         padding: what keys outside of the map do, see `ops.halo_attention`: "mask" or "zero".
         implementation: see `ops.halo_attention`. Where "pallas" does not support a shape, "xla" is taken and the reason
@@ -48,6 +55,7 @@ class HaloAttention(nn.Module):
     full_tables: bool = False
     adjacent_queries: bool = False
     pool: bool = False
+    positions: str = "relative"
     window: str = "neighborhood"
     padding: str = "mask"
     implementation: str = "auto"
@@ -64,7 +72,8 @@ class HaloAttention(nn.Module):
             `[B, ceil(H / stride), ceil(W / stride), value_channels]` in `dtype`.
 
         Raises:
-            ValueError: the heads do not divide the widths, or `ops.halo_attention` finds another fault.
+            ValueError: the heads do not divide the widths, the map is not of the size of the absolute tables, or
+                `ops.halo_attention` finds another fault.
         """
         value_channels = self.channels if self.value_channels is None else self.value_channels
         for name, value, least in (
@@ -73,6 +82,7 @@ class HaloAttention(nn.Module):
         ):  # fmt: skip
             checks.whole(name, value, least)
         checks.heads(self.num_heads, self.channels, value_channels)
+        checks.positions(self.positions, self.full_tables, self.adjacent_queries)
 
         def project(x, channels, name):
             x = nn.Dense(channels, use_bias=False, dtype=self.dtype, dot_general=dot_general, name=name)(x)
@@ -80,17 +90,37 @@ class HaloAttention(nn.Module):
 
         stride = self._query_stride
         table_shape = (2 * self.block_size + 2 * self.halo_size - 1, self.channels // self.num_heads // (2 - self.full_tables))
-        table_init = nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
+        q = project(x[:, ::stride, ::stride], self.channels, "query")
+        k, v = project(x, self.channels, "key"), project(x, value_channels, "value")
+        rel_rows = rel_cols = None
+        if self.positions == "relative":
+            rel_rows, rel_cols = (self.param(name, self._table_init, table_shape) for name in ("rel_rows", "rel_cols"))
+        elif self.positions == "absolute":
+            k = k + self._embeddings(*x.shape[1:3])
         out = ops.halo_attention(
-            project(x[:, ::stride, ::stride], self.channels, "query"),
-            project(x, self.channels, "key"),
-            project(x, value_channels, "value"),
-            self.param("rel_rows", table_init, table_shape),
-            self.param("rel_cols", table_init, table_shape),
+            q, k, v, rel_rows, rel_cols,
             block_size=self.block_size, halo_size=self.halo_size, stride=stride, window=self.window, padding=self.padding,
             table_offsets="queries" if self.adjacent_queries else "pixels", implementation=self._implementation(x.shape),
         )  # fmt: skip
         return mean_pool(out.reshape(*out.shape[:3], value_channels), self.stride // stride)
+
+    def _embeddings(self, height, width):
+        """Returns what is added to the keys, `[H, W, 1, D]` in `dtype`."""
+        tables = []
+        for name, size, axis in (("abs_rows", height, "rows"), ("abs_cols", width, "columns")):
+            if self.has_variable("params", name) and (there := len(self.get_variable("params", name))) != size:
+                raise ValueError(
+                    f"the map has {size} {axis}, and {name} has embeddings of {there}: with positions='absolute', images must have "
+                    "the size that the model was initialised with; use that size, or models.transfer.resize_absolute_tables"
+                )
+            table = self.param(name, self._table_init, (size, self.channels // self.num_heads // 2))
+            tables.append(table.astype(self.dtype))
+        rows, cols = (jnp.broadcast_to(x, (height, width, x.shape[-1])) for x in (tables[0][:, None], tables[1]))
+        return jnp.concatenate([rows, cols], axis=-1)[:, :, None]
+
+    @property
+    def _table_init(self):
+        return nn.initializers.normal((self.channels // self.num_heads) ** -0.5)
 
     @property
     def _query_stride(self):

@@ -1,4 +1,4 @@
-"""Surgery on a model's variables: stacked and unstacked blocks, another classifier, other relative tables.
+"""Surgery on a model's variables: stacked and unstacked blocks, another classifier, other tables of positions.
 
 Each function takes variables, `{"params": …, "batch_stats": …}` or a part of these, and returns new ones; what it does
 not name stays as it is. Any tree of the same structure works too, such as an exponential moving average under "params".
@@ -13,6 +13,7 @@ import numpy as np
 
 from halonet_jax.models import blocks, checks
 from halonet_jax.models.blocks import BlockSpec
+from halonet_jax.models.halonet import Backbone
 
 
 def stack_blocks(variables: Mapping, stages: Sequence[Sequence[BlockSpec]]) -> dict:
@@ -111,31 +112,43 @@ def resize_relative_tables(variables: Mapping, stages: Sequence[Sequence[BlockSp
         ValueError: the blocks of `variables` are not those of `stages`.
     """
 
-    def convert(backbone):
-        runs = {scan: _runs(stages, scan) for scan in (True, False)}
-        scan = {run.name for run in runs[True]} == {name for name in backbone if name.startswith("stage")}
-        entries, others = _split(backbone, runs[scan])
-        for run in runs[scan]:
-            entry, spec = entries[run.name], run.specs[0]
-            if ("attention" in entry) != (spec.kind == "attention"):
-                raise ValueError(f"{run.name} is no block of kind={spec.kind!r}, as stages has it; {_REMEDY}")
-            if spec.kind == "attention":
-                rows = 2 * spec.block_size + 2 * spec.halo_size - 1
-                tables = {name: resize_table(entry["attention"][name], rows) for name in ("rel_rows", "rel_cols")}
-                entry = {**entry, "attention": {**entry["attention"], **tables}}
-            others[run.name] = entry
-        return others
+    def rows(run):
+        spec = run.specs[0]
+        return (2 * spec.block_size + 2 * spec.halo_size - 1,) * 2 if spec.positions == "relative" else None
 
-    params = _convert_backbone({"params": variables.get("params", {})}, convert)
-    return {**variables, **params}
+    return _resize_tables(variables, stages, rows)
+
+
+def resize_absolute_tables(variables: Mapping, backbone: Backbone, height: int, width: int) -> dict:
+    """Resizes the tables of absolute positions for images of another size by linear interpolation.
+
+    Args:
+        variables: of a model with or without `scan=True`.
+        backbone: the model's, `model.backbone`.
+        height: rows of the new images, in pixels.
+        width: columns of the new images, in pixels.
+
+    Returns:
+        Variables of the model for these images. Tables that have the right size already are unchanged.
+
+    Raises:
+        ValueError: the blocks of `variables` are not those of `backbone.stages`.
+    """
+    maps = {layer[:2]: (layer.height, layer.width) for layer in backbone.attention_layers(height, width)}
+
+    def rows(run):
+        return maps[run.stage, run.first] if run.specs[0].positions == "absolute" else None
+
+    return _resize_tables(variables, backbone.stages, rows)
 
 
 def resize_table(table: jax.Array, rows: int) -> jax.Array:
-    """Resizes a relative table by linear interpolation between its rows. First, middle and last row stay such.
+    """Resizes a table of positions by linear interpolation between its rows. First, middle and last row stay such.
 
     Args:
-        table: `[..., 2b + 2h - 1, D]`, for block size b and halo size h.
-        rows: `2b' + 2h' - 1`, for the new sizes.
+        table: `[..., 2b + 2h - 1, D]`, for block size b and halo size h; of absolute positions, with a row for each row or
+            column of the map.
+        rows: `2b' + 2h' - 1`, for the new sizes; of absolute positions, rows or columns of the new map.
 
     Returns:
         `[..., rows, D]`; `table` itself where it has as many rows.
@@ -151,7 +164,35 @@ def resize_table(table: jax.Array, rows: int) -> jax.Array:
     return (table[..., below, :] * (1 - share) + above * share).astype(table.dtype)
 
 
+_TABLES = {"relative": ("rel_rows", "rel_cols"), "absolute": ("abs_rows", "abs_cols"), "none": ()}
 _REMEDY = "give model.backbone.stages of the model that the variables are of"
+
+
+def _resize_tables(variables, stages, rows):
+    """Gives the tables of each run of blocks, of rows and of columns, the numbers of rows that `rows(run)` says, if any."""
+
+    def convert(backbone):
+        runs = {scan: _runs(stages, scan) for scan in (True, False)}
+        scan = {run.name for run in runs[True]} == {name for name in backbone if name.startswith("stage")}
+        entries, others = _split(backbone, runs[scan])
+        for run in runs[scan]:
+            entry, spec = entries[run.name], run.specs[0]
+            if ("attention" in entry) != (spec.kind == "attention"):
+                raise ValueError(f"{run.name} is no block of kind={spec.kind!r}, as stages has it; {_REMEDY}")
+            if spec.kind == "attention":
+                entry = {**entry, "attention": _resized(entry["attention"], run, rows(run))}
+            others[run.name] = entry
+        return others
+
+    params = _convert_backbone({"params": variables.get("params", {})}, convert)
+    return {**variables, **params}
+
+
+def _resized(attention, run, rows):
+    names = _TABLES[run.specs[0].positions]
+    if {name for tables in _TABLES.values() for name in tables if name in attention} != set(names):
+        raise ValueError(f"{run.name} has no positions={run.specs[0].positions!r}, as stages has it; {_REMEDY}")
+    return {**attention, **{name: resize_table(attention[name], n) for name, n in zip(names, rows or ())}}
 
 
 def _runs(stages, scan):

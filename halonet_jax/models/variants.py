@@ -8,6 +8,7 @@ from halonet_jax.models.blocks import BlockSpec, Stages
 from halonet_jax.ops.halo_attention import PADDINGS
 
 KINDS = ("attention", "conv")  # of whole stages
+DOWNSAMPLINGS = ("strided", "pooled")
 
 # What a variant may set, with the values of HaloNet-H1 without its third stage's depth.
 DEFAULTS = dict(
@@ -19,12 +20,16 @@ DEFAULTS = dict(
     num_heads=(4, 8, 8, 8),
     block_size=8,  # b
     halo_size=3,  # h
+    query_ratio=1.0,  # r_qk: width of queries and keys over c
     value_ratio=1.0,  # r_v
     expansion_ratio=1.0,  # r_b
     final_width=0,  # d_f; 0: no last 1x1 conv
     activation="silu",  # "silu" or "relu"
     se_ratio=0.0,  # squeeze-and-excitation bottleneck over block output width; 0: off
     se_kinds=("attention", "conv"),  # the kinds of block that squeeze-and-excitation is in
+    positions="relative",  # of attention: "relative", "absolute" or "none", see `layers.HaloAttention`
+    # Of attention: "strided": every second pixel per axis attends, as in the paper; "pooled": all do, and 2x2 means follow.
+    downsampling="strided",
     padding="mask",  # of keys outside of the map: "mask" or "zero"
 )
 
@@ -77,8 +82,8 @@ VARIANTS = {
 
 # What describes the stages; the others of `DEFAULTS` describe stem, activation and the last convolution.
 STAGE_OPTIONS = (
-    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "value_ratio", "expansion_ratio",
-    "se_ratio", "se_kinds",
+    "stage_sizes", "stage_kinds", "base_width", "num_heads", "block_size", "halo_size", "query_ratio", "value_ratio",
+    "expansion_ratio", "se_ratio", "se_kinds", "positions", "downsampling",
 )  # fmt: skip
 
 
@@ -94,8 +99,8 @@ def resolve(name: str, **overrides) -> dict:
 
     Raises:
         ValueError: a name, key or kind is unknown, a value is of another type or out of range, the heads do not divide
-            the widths, squeeze-and-excitation is on and would be in no block, or a stage option is given for a model that
-            lists its blocks.
+            the widths, squeeze-and-excitation or an option of attention would be in no block, or a stage option is given for
+            a model that lists its blocks.
     """
     if not isinstance(name, str) or name not in VARIANTS:
         raise ValueError(f"model {name!r} is unknown; {checks.nearest(name, VARIANTS)}")
@@ -125,7 +130,7 @@ def stages(variant: dict) -> Stages:
         A tuple for each stage, with the specification of each of its blocks.
 
     Raises:
-        ValueError: the heads of a stage do not divide its widths, or its values have no whole number of channels.
+        ValueError: the heads of a stage do not divide its widths, or its queries or values have no whole number of channels.
     """
     v, found = variant, []
     if "stages" in v:
@@ -135,27 +140,34 @@ def stages(variant: dict) -> Stages:
         )
     for stage, (depth, kind, num_heads) in enumerate(zip(v["stage_sizes"], v["stage_kinds"], v["num_heads"])):
         width = v["base_width"] * 2**stage
-        values = round(width * v["value_ratio"], 6)  # 80 * 1.1 is 88 but for rounding
-        options = {}
+        options, stride = {}, 1 if stage == 0 else 2
         try:
             if kind == "attention":
-                if values != int(values) or values < 1:
-                    raise ValueError(
-                        f"value_ratio={v['value_ratio']!r} gives {values:g} channels of values; it must give a whole number "
-                        f"that {num_heads} heads divide; for example value_ratio=1.0"
-                    )
                 options = dict(
-                    num_heads=num_heads, block_size=v["block_size"], halo_size=v["halo_size"], value_width=int(values)
+                    num_heads=num_heads, block_size=v["block_size"], halo_size=v["halo_size"],
+                    query_width=None if v["query_ratio"] == 1 else _channels(v, "query_ratio", width, num_heads, "queries"),
+                    value_width=_channels(v, "value_ratio", width, num_heads, "values"), positions=v["positions"],
+                    pool=stride > 1 and v["downsampling"] == "pooled",
                 )  # fmt: skip
             block = BlockSpec(
-                kind, width, int(width * v["expansion_ratio"]), stride=1 if stage == 0 else 2,
+                kind, width, int(width * v["expansion_ratio"]), stride=stride,
                 se_ratio=v["se_ratio"] if kind in v["se_kinds"] else 0.0, **options,
             )  # fmt: skip
         except ValueError as error:
-            about = f"base_width={v['base_width']}, value_ratio={v['value_ratio']}"
+            about = f"base_width={v['base_width']}, query_ratio={v['query_ratio']}, value_ratio={v['value_ratio']}"
             raise ValueError(f"stage {stage + 1} is {width} wide ({about}): {error}") from None
-        found.append((block, *(dataclasses.replace(block, stride=1),) * (depth - 1)))
+        found.append((block, *(dataclasses.replace(block, stride=1, pool=False),) * (depth - 1)))
     return tuple(found)
+
+
+def _channels(variant, key, width, num_heads, what):
+    channels = round(width * variant[key], 6)  # 80 * 1.1 is 88 but for rounding
+    if channels != int(channels) or channels < 1:
+        raise ValueError(
+            f"{key}={variant[key]!r} gives {channels:g} channels of {what}; it must give a whole number that {num_heads} heads "
+            f"divide; for example {key}=1.0"
+        )
+    return int(channels)
 
 
 def _check(variant):
@@ -180,13 +192,21 @@ def _check_stages(variant):
         for position, kind in enumerate(v[key]):
             checks.choice(f"{key}[{position}]", kind, KINDS)
     checks.whole("base_width", v["base_width"], 1, DEFAULTS["base_width"])
-    for key in ("value_ratio", "expansion_ratio"):
+    for key in ("query_ratio", "value_ratio", "expansion_ratio"):
         checks.real(key, v[key], 0.001, 1000, example=DEFAULTS[key])
     if v["base_width"] * v["expansion_ratio"] < 1:
         raise ValueError(
             f"expansion_ratio={v['expansion_ratio']!r} gives stage 1 less than one channel (base_width={v['base_width']}); use "
             f"{math.ceil(1000 / v['base_width']) / 1000} or more"
         )
+    checks.choice("positions", v["positions"], checks.POSITIONS)
+    checks.choice("downsampling", v["downsampling"], DOWNSAMPLINGS)
+    for key, first in (("query_ratio", 1), ("positions", 1), ("downsampling", 2)):
+        if v[key] != DEFAULTS[key] and "attention" not in v["stage_kinds"][first - 1 :]:
+            raise ValueError(
+                f"{key}={v[key]!r} acts in no block: stage_kinds={v['stage_kinds']!r} has no attention in stages {first} to 4; add "
+                f"it there, or set {key}={DEFAULTS[key]!r}"
+            )
     checks.real("se_ratio", v["se_ratio"], 0, 1)
     if v["se_ratio"] and not set(v["se_kinds"]) & set(v["stage_kinds"]):
         raise ValueError(

@@ -63,7 +63,7 @@ def _attend_blocks(q, k, v, rel_rows, rel_cols, row_bias, col_bias, logits_scale
     """
     half = rel_rows.shape[-1]
     row_logits = jnp.einsum("bjnyxd,yrd->bjnyxr", q[..., :half], rel_rows, preferred_element_type=jnp.float32)
-    col_logits = jnp.einsum("bjnyxd,xsd->bjnyxs", q[..., -half:], rel_cols, preferred_element_type=jnp.float32)
+    col_logits = jnp.einsum("bjnyxd,xsd->bjnyxs", q[..., q.shape[-1] - half :], rel_cols, preferred_element_type=jnp.float32)
     position = jnp.concatenate([row_logits + row_bias, col_logits + col_bias], axis=-1)
     codes = _position_codes(*k.shape[3:5])
     extension = [position.astype(q.dtype)]

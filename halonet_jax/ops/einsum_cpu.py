@@ -44,7 +44,7 @@ class _Attention:
     """Softmax attention of each block to its window, with its own derivative.
 
     q is `[N, I, B, J, Y, X, D]`, k and v are `[N, B, H + 2h, W + 2h, D or E]`, the tables `[Y, R, D / 2 or D]` and
-    `[X, S, D / 2 or D]`. Returns `[N, I, B, J, E, Q]` with Q = Y * X. Windows have K = R * S keys.
+    `[X, S, D / 2 or D]`, or of 0 channels. Returns `[N, I, B, J, E, Q]` with Q = Y * X. Windows have K = R * S keys.
     """
 
     def __init__(self, rows, cols, scale):
@@ -121,7 +121,7 @@ class _Attention:
         """Returns scaled logits of rows and columns: `[…, Y, X, D]` to `[…, R, Y, X]` and `[…, S, Y, X]`."""
         half = rel_rows.shape[-1]
         row_logits = self.scale * _wide("...yxd,yrd->...ryx", q[..., :half], rel_rows)
-        return row_logits, self.scale * _wide("...yxd,xsd->...syx", q[..., -half:], rel_cols)
+        return row_logits, self.scale * _wide("...yxd,xsd->...syx", q[..., q.shape[-1] - half :], rel_cols)
 
     def logits(self, k_windows, q, row_logits, col_logits, minus=None):
         """Returns the logits `[B, J, K, Q]`, with `minus` `[B, J, Q]` subtracted."""

@@ -18,8 +18,8 @@ def halo_attention(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    rel_rows: jax.Array,
-    rel_cols: jax.Array,
+    rel_rows: jax.Array | None,
+    rel_cols: jax.Array | None,
     *,
     block_size: int,
     halo_size: int,
@@ -40,8 +40,8 @@ def halo_attention(
 
     and the softmax is over the neighbourhood. If the tables are `[2b + 2h - 1, D / 2]`, `q_rows` is the first half of
     q's channels and `q_cols` the second (the paper's factorised form). If they are `[2b + 2h - 1, D]`, both are all of
-    q. All heads share the tables. Any map size works. One block that covers the map gives global attention.
-    `block_size=1` gives attention over windows around each pixel.
+    q. All heads share the tables. If both are None, the logit is `logits_scale * q · k`. Any map size
+    works. One block that covers the map gives global attention. `block_size=1` gives attention over windows around each pixel.
 
     Source: arXiv 2103.12731, sections 2 and 3. The paper does not state `padding`; `window="centered"` is not the
     paper's.
@@ -52,7 +52,7 @@ def halo_attention(
         k: `[B, H, W, N, D]`, keys.
         v: `[B, H, W, N, E]`, values. E may differ from D.
         rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`, any float dtype. Row 0 is for a key b - 1 + h rows
-            above the query.
+            above the query. None: no position term; `rel_cols` must be None too.
         rel_cols: the same for columns, from left to right.
         block_size: b, in pixels of the map; at least 1.
         halo_size: h, in pixels of the map; at least 0. 0 is attention within blocks.
@@ -83,6 +83,8 @@ def halo_attention(
         ValueError: an argument breaks a rule above; the message states value and rule.
     """
     _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, padding, implementation, table_offsets)
+    if rel_rows is None:  # Implementations take this as tables without channels.
+        rel_rows = rel_cols = jnp.zeros((2 * block_size + 2 * halo_size - 1, 0), q.dtype)
     if logits_scale is None:
         logits_scale = q.shape[-1] ** -0.5
     if not logits_scale > 0:
@@ -119,12 +121,15 @@ def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, p
             f"table_offsets='queries' needs a block_size that stride={stride} divides, not {block_size}; use 'pixels', or "
             f"block_size={-(-block_size // stride) * stride}"
         )
+    if (rel_rows is None) != (rel_cols is None):
+        given, absent = ("rel_cols", "rel_rows") if rel_rows is None else ("rel_rows", "rel_cols")
+        raise ValueError(f"{absent}=None leaves {given} without its pair; give both tables, or None for both")
     for name, array, rank, axes in (
         ("q", q, 5, "[batch, height, width, heads, channels]"), ("k", k, 5, "[batch, height, width, heads, channels]"),
         ("v", v, 5, "[batch, height, width, heads, channels]"), ("rel_rows", rel_rows, 2, "[offsets, channels]"),
         ("rel_cols", rel_cols, 2, "[offsets, channels]"),
     ):  # fmt: skip
-        if array.ndim != rank:
+        if array is not None and array.ndim != rank:
             raise ValueError(f"{name} has shape {array.shape}; it must be {axes}")
     for name, array in (("q", q), ("k", k), ("v", v)):
         if array.dtype not in (jnp.float32, jnp.bfloat16, jnp.float64):
@@ -137,6 +142,8 @@ def _check(q, k, v, rel_rows, rel_cols, block_size, halo_size, stride, window, p
         raise ValueError(f"v has shape {v.shape}; all but its channels must be those of k, {k.shape}")
     if 0 in q.shape or 0 in v.shape:
         raise ValueError(f"q of shape {q.shape} and v of shape {v.shape} must have no empty axis")
+    if rel_rows is None:
+        return
     offsets = 2 * block_size + 2 * halo_size - 1
     if rel_rows.shape != rel_cols.shape or rel_rows.shape[0] != offsets or rel_rows.shape[1] not in (channels, channels / 2):
         raise ValueError(

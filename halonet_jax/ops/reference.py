@@ -15,7 +15,7 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
         q: `[B, ceil(H / stride), ceil(W / stride), N, D]`.
         k: `[B, H, W, N, D]`.
         v: `[B, H, W, N, E]`.
-        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`.
+        rel_rows: `[2 * block_size + 2 * halo_size - 1, D / 2 or D]`; 0 channels: no position term.
         rel_cols: like `rel_rows`.
         block_size: in pixels of the map. Implementations other than this one need a multiple of `stride`.
         halo_size: in pixels of the map.
@@ -32,9 +32,8 @@ def attend(q, k, v, rel_rows, rel_cols, *, block_size, halo_size, stride, center
     dtype = v.dtype
     precise = jnp.promote_types(jnp.float32, dtype)
     q, k, v, rel_rows, rel_cols = (x.astype(precise) for x in (q, k, v, rel_rows, rel_cols))
-    half = slice(None), slice(None)
-    if rel_rows.shape[1] != q.shape[-1]:
-        half = slice(None, q.shape[-1] // 2), slice(q.shape[-1] // 2, None)
+    used = rel_rows.shape[1]  # channels that meet each table: half of them, all, or none
+    half = slice(None, used), slice(q.shape[-1] - used, None)
 
     rows, row_offsets, row_inside = _neighbors(k.shape[1], block_size, halo_size, stride)  # [H, R]
     cols, col_offsets, col_inside = _neighbors(k.shape[2], block_size, halo_size, stride)  # [W, S]

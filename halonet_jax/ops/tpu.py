@@ -168,7 +168,7 @@ def _unlay_out(plan, out, q_shape):
 
 
 def _lay_table(plan, table, axis, lane):
-    """`[2b + 2h - 1, D / 2 or D] -> [offsets, key_lanes]`: a copy for each head of a chunk, from the head's `lane` on.
+    """`[2b + 2h - 1, D / 2 or D or 0] -> [offsets, key_lanes]`: a copy for each head of a chunk, from the head's `lane` on.
 
     The first row is for a block's last pixel and its window's first key.
     """

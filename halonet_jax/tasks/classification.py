@@ -143,7 +143,8 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
 
     def adapt(variables, other_model, other_metadata):
-        return adapting.adapt(variables, other_model, model, other_metadata["class_names"], metadata["class_names"])
+        classes = other_metadata["class_names"], metadata["class_names"]
+        return adapting.adapt(variables, other_model, model, *classes, data_config.image_size)
 
     return Task(
         init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe,

@@ -81,6 +81,6 @@ def decay_mask(params):
         params: a tree of parameters.
 
     Returns:
-        The same tree of bools, False for norms, biases and relative tables.
+        The same tree of bools, False for norms, biases and tables of positions.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)

@@ -24,6 +24,14 @@ def test_work_is_what_counting_gives(size, b, h, stride):
     assert floors.backward(layer).multiply_adds == (3 * 8 + 2 * 12) * pairs + 3 * 4 * (rows + cols)
 
 
+def test_layers_without_relative_tables_have_no_work_for_positions():
+    layer = floors.Layer(2, 8, 8, heads=2, channels=8, value_channels=12, block_size=4, halo_size=1, relative=False)
+    pairs = 2 * (2 * 4 * 5) ** 2  # images, then by axis: blocks, queries of each, keys of each
+    for work, products in ((floors.forward(layer), 8 + 12), (floors.backward(layer), 3 * 8 + 2 * 12)):
+        assert work.multiply_adds == products * pairs
+    assert floors.forward(layer).size == 2 * 2 * 2 * 64 * (8 + 12)
+
+
 def test_layers_and_rates():
     assert floors.layer("h7s3", 2) == floors.Layer(2, 38, 38, 8, 256, 1024, 10, 3)
     work = floors.Work(size=3350, multiply_adds=0, exponentials=0)

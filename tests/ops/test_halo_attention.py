@@ -116,6 +116,22 @@ def test_implementations_agree_forward_and_backward(implementation, size, stride
         np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("implementation", (einsum.attend, einsum_cpu.attend, tpu.attend, gpu.attend), ids=name)
+def test_without_tables_there_is_no_position_term(implementation):
+    """Output and gradients are those of tables of zeros."""
+    q, k, v, *tables = make_inputs(0, 5, 6, 4, 1, 2)
+    f = functools.partial(halo_attention, block_size=4, halo_size=1, stride=2, padding="zero")
+    zeros = [0 * table for table in tables]
+    run = lambda f: jax.jit(jax.value_and_grad(lambda *x: (f(*x) ** 2).sum(), argnums=(0, 1, 2)))(q, k, v)
+    ours = run(lambda *x: f(*x, None, None, implementation=implementation))
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-5), ours,
+        run(lambda *x: f(*x, *zeros, implementation="reference")),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="rel_cols=None leaves rel_rows without its pair; give both tables, or None for both"):
+        f(q, k, v, tables[0], None)
+
+
 @pytest.mark.parametrize("implementation, examples", ((einsum.attend, 3), (einsum_cpu.attend, 3), (tpu.attend, 2)), ids=name)
 def test_error_against_float64_on_random_shapes(implementation, examples):
     """Of the output and of all gradients, relative to the largest entry of each. docs/performance.md has more shapes: 1.2e-6."""
