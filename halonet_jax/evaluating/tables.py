@@ -59,11 +59,10 @@ def _row(entry):
     classes = f"{entry['classes']:,} classes"
     if "unlabelled" in entry:
         classes += ", any label is right"
-    left_out = [f"{entry['unlabelled']:,} without a label"] * bool(entry.get("unlabelled"))
-    left_out += [f"{entry['corrupt']:,} corrupt"] * bool(entry["corrupt"])
+    counts = {"without a label": entry.get("unlabelled", 0), "corrupt": entry["corrupt"]}
     return (
         entry["title"], entry["split"], f"{entry['count']:,}", _percent(entry["top1"]), _percent(entry["top5"]), classes,
-        ", ".join(left_out),
+        ", ".join(f"{count:,} {what}" for what, count in counts.items() if count),
     )  # fmt: skip
 
 
