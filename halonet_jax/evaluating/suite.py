@@ -44,7 +44,7 @@ def check_slice(text: str | None) -> None:
     Raises:
         ConfigError: it names a split.
     """
-    if text is not None and not re.fullmatch(r"\[[\d%]*:[\d%]*\]", text):
+    if text is not None and not re.fullmatch(r"\[-?\d*%?:-?\d*%?\]", text):
         raise ConfigError(
             f"--split={text} cannot be, since each set of a suite has its own split; leave --split out, or give a slice of "
             "every split, such as --split='[:500]'"
@@ -65,9 +65,9 @@ def run(
         keep_dir: whether the config's `data.dir` is TFDS's, even where the model was trained on other data.
 
     Returns:
-        JSON values: suite, step, ema, data_dir and all_classes; `sets`, with title, name, split, count, classes, top1 and
-        others for each set; `corruptions`, with the errors by severity, their mean and the corruption error for each kind;
-        `mean_error` and `mce`, None where there is none; `missing`, with name, reason, command and note for each set.
+        JSON values: suite, model (a path), step, ema, data_dir and all_classes; `sets`, with title, name, split, count,
+        classes, top1 and others for each set; the figures of `corruption_errors`; `missing`, with name, reason, command and
+        note for each set.
 
     Raises:
         ConfigError: the model has other classes, or another task.
@@ -97,8 +97,8 @@ def run(
         first = missing[0]
         raise DataError(f"{what}; set --data_dir, or prepare one or more of the {len(sets)}, for example:\n{first['reason']}")
     return {
-        "suite": name, "step": subject.step, "ema": subject.weights == "ema", "data_dir": config.data.dir,
-        "all_classes": all_classes, "sets": done, **corruption_errors({entry["name"]: entry["top1"] for entry in done}),
+        "suite": name, "model": str(subject.path), "step": subject.step, "ema": subject.weights == "ema",
+        "data_dir": config.data.dir, "all_classes": all_classes, "sets": done, **corruption_errors({entry["name"]: entry["top1"] for entry in done}),
         "missing": missing, **({"format": subject.format} if subject.format else {}),
     }  # fmt: skip
 

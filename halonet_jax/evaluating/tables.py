@@ -17,7 +17,7 @@ def text(result: dict[str, Any]) -> str:
     """
     blocks = [_columns(rows) if isinstance(rows, list) else rows for rows in _blocks(result)]
     lines = [f"  {line}" for name, commands in _missing(result["missing"]) for line in (name, *(f"  {x}" for x in commands))]
-    return "\n".join(["", f"suite {_about(result)}", *blocks, *([_HEADING, *lines] if lines else [])])
+    return "\n\n".join(["", f"suite {_about(result)}", *blocks, *(["\n".join([_HEADING, *lines])] if lines else [])])
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -34,8 +34,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def _about(result):
-    export = f", {result['format']}" if "format" in result else ""
-    return f"{result['suite']}: step {result['step']}{' (EMA)' if result['ema'] else ''}{export}"
+    export = f", format {result['format']}" if "format" in result else ""
+    return f"{result['suite']}: {result['model']}, step {result['step']}{' (EMA)' if result['ema'] else ''}{export}"
 
 
 def _blocks(result):
@@ -77,18 +77,18 @@ def _missing(missing):
     for entry in missing:
         if entry not in alike:
             lines = (entry["command"] or entry["reason"]).splitlines()
-            found.append((entry["name"], [*lines, *_note(entry)]))
+            found.append((entry["name"], [*_note(entry), *lines]))
     if alike:
         first = alike[0]
         names = " ".join(entry["name"].removeprefix(_CORRUPTED) for entry in alike)
         command = first["command"].replace(first["name"], f"{_CORRUPTED}$name")
         loop = [f"for name in {names}; do", f"  {command}", "done"]
-        found.append((f"imagenet2012_corrupted, {len(alike)} of {_ALL}", [*loop, *_note(first)]))
+        found.append((f"imagenet2012_corrupted, {len(alike)} of {_ALL}", [*_note(first), *loop]))
     return found
 
 
 def _note(entry):
-    return [f"# {entry['note']}"] if entry["note"] else []
+    return [f"# {entry['note']}:"] if entry["note"] else []
 
 
 def _columns(rows):
