@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -247,7 +248,8 @@ def test_training_needs_one_label(data_dir):
     with pytest.raises(DataError, match="holds several labels for an image, and one is needed; set --config.data.label_key to"):
         classification.open_source(config, "validation")
     config.data.label_key = "original_label"
-    assert len(classification.open_source(config, "validation")) == 23
+    source = classification.open_source(config, "validation")
+    assert len(source) == 23 and pickle.loads(pickle.dumps(source))[5] == source[5]
     config.data.source = "digits"
     with pytest.raises(
         DataError, match="data.label_key='original_label' is for TFDS data sets, and data.source is 'digits'; leave"

@@ -98,8 +98,9 @@ def run(
         raise DataError(f"{what}; set --data_dir, or prepare one or more of the {len(sets)}, for example:\n{first['reason']}")
     return {
         "suite": name, "model": str(subject.path), "step": subject.step, "ema": subject.weights == "ema",
-        "data_dir": config.data.dir, "all_classes": all_classes, "sets": done, **corruption_errors({entry["name"]: entry["top1"] for entry in done}),
-        "missing": missing, **({"format": subject.format} if subject.format else {}),
+        "data_dir": config.data.dir, "all_classes": all_classes, "sets": done,
+        **corruption_errors({entry["name"]: entry["top1"] for entry in done}), "missing": missing,
+        **({"format": subject.format} if subject.format else {}),
     }  # fmt: skip
 
 

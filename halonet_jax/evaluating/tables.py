@@ -17,7 +17,7 @@ def text(result: dict[str, Any]) -> str:
     """
     blocks = [_columns(rows) if isinstance(rows, list) else rows for rows in _blocks(result)]
     lines = [f"  {line}" for name, commands in _missing(result["missing"]) for line in (name, *(f"  {x}" for x in commands))]
-    return "\n\n".join(["", f"suite {_about(result)}", *blocks, *(["\n".join([_HEADING, *lines])] if lines else [])])
+    return "\n" + "\n\n".join([f"suite {_about(result)}", *blocks, *(["\n".join([_HEADING, *lines])] if lines else [])])
 
 
 def markdown(result: dict[str, Any]) -> str:
