@@ -77,7 +77,7 @@ def run(main: Callable[..., int | None], required_flags: tuple[str, ...] = (), p
         else:
             traceback.print_exc()
             code = 1
-    if code in (0, stopping.EXIT_PREEMPTED) and jax.distributed.is_initialized():
+    if code in (0, stopping.EXIT_INCOMPLETE, stopping.EXIT_PREEMPTED) and jax.distributed.is_initialized():
         jax.distributed.shutdown()  # waits for the others, which end with the same code
     if code:
         # Exit at once: other processes may wait for this one, and a thread may still compile a program.

@@ -2,36 +2,26 @@
 
     python -m halonet_jax.evaluate --workdir=runs/digits [--ema] [--step=best] [--split=test] [--data_dir=…] [--data_name=…]
     python -m halonet_jax.evaluate --model=exported [--format=onnx] [--out=results] [--split=test] …
+    python -m halonet_jax.evaluate --workdir=runs/digits --per_class
+    python -m halonet_jax.evaluate --model=exported --suite=imagenet [--data_dir=…] [--all_classes]
 
-An export runs in its own runtime: JAX, TensorFlow or onnxruntime. In Python, `evaluate(workdir, …)` does the same and returns
-the result.
+An export runs in its own runtime: JAX, TensorFlow or onnxruntime. In Python, `evaluate(workdir, …)` and
+`evaluate_suite(name, workdir, …)` do the same and return the result.
 """
 
 import json
-import re
-import zlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 
-from halonet_jax import command_line, exporting, tasks
-from halonet_jax import config as config_lib
-from halonet_jax.errors import ConfigError, DataError
-from halonet_jax.runtime import distributed
-from halonet_jax.runtime import workdir as workdir_lib
-from halonet_jax.tasks.inputs import Inputs
-from halonet_jax.training import evaluation, sharding, step
-from halonet_jax.training.progress import check_classes
-from halonet_jax.training.task import Task
-from halonet_jax.weights import hub, load, load_config, portable, timm
+from halonet_jax import command_line, exporting
+from halonet_jax.errors import ConfigError
+from halonet_jax.evaluating import files, passes, suite, tables
+from halonet_jax.evaluating.subject import open_subject
+from halonet_jax.runtime import stopping
+from halonet_jax.tasks.scoring import Scoring
 
-# How this entry spells what training sets by --config. Remedies name no other setting.
-_FLAGS = {"data.dir": "--data_dir", "data.eval_split": "--split", "data.name": "--data_name"}
-_LABELS = {"top1": "top-1", "top5": "top-5"}
+_LABELS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean over classes"}
 
 
 def evaluate(
@@ -45,6 +35,8 @@ def evaluate(
     model: str | None = None,
     format: str | None = None,
     out: str | None = None,
+    label_key: str | None = None,
+    per_class: bool = False,
 ) -> dict:
     """Evaluates one model on one split and writes `eval_<split>_<step>[_ema].json`.
 
@@ -62,146 +54,91 @@ def evaluate(
             goes beside that folder, with its name in front; that of a model on the hub goes into the current folder.
         format: which export of `model` to run; None: weights, or the first that is there.
         out: folder for the result, in place of the above.
+        label_key: feature of the TFDS data set that is the label; None: that of training. Where it is a sequence of
+            labels, a prediction is right if it is any of them, and images without a label are left out.
+        per_class: also write `…_per_class.csv`, `…_confusion.csv` and `…_confusion.png`.
 
     Returns:
-        What is written: split, step, ema, the data's source, name and dir, count, corrupt, path, and each metric of the task,
-        with `<metric>_count` where it is a share of the examples. For a `model`, its format too.
+        What is written: split, step, ema, the data's source, name, dir and label_key, count, corrupt, path, and each metric
+        of the task, with `<metric>_count` where it is a share of the examples. For a `model`, its format too. "unlabelled"
+        where images may have several labels; "files" with `per_class`.
 
     Raises:
         ConfigError, DataError, CheckpointError: for bad input. A data set with other classes than the checkpoint's is one.
     """
-    if (workdir is None) == (model is None):
-        raise ConfigError("give either --workdir, the folder of a run, or --model, an exported folder or a name on the hub")
-    path, config = load_config(model if workdir is None else workdir, exporting.patterns(format))
-    imported = timm.is_timm(path)
-    exported = portable.has_config(path) or imported
-    if format is not None and not exported:
-        raise ConfigError(f"--format={format} is for exports, and {path} is a workdir; leave --format out")
-    if imported and format not in (None, "weights"):
-        raise ConfigError(f"--format={format} is for exports, and {path} holds timm's weights; leave --format out")
-    format = "weights" if imported else exporting.find(path, format) if exported else None
-    own = dict(config.data)
-    _configure(config, split, data_dir, data_name, batch_size, one_device=format not in (None, "weights"))
-    if not exported:
-        workdir_lib.use_compile_cache(path)
-    subject = _open(path, format, at, "ema" if ema else None if exported else "raw")
-    split = config.data.eval_split
-    evaluator, corrupt = _run(subject, config, split, path)
-    found = evaluator.result()
-    if not found["count"]:
-        raise DataError(f"no image of split {split!r} could be read, {corrupt} are corrupt; see the warnings above")
-
-    about_data = {"source": config.data.source, "name": config.data.name, "dir": config.data.dir}
-    other = "" if about_data == {key: own[key] for key in about_data} else f"_{zlib.crc32(json.dumps(about_data).encode()):08x}"
-    average = subject.weights == "ema"
-    name = f"eval_{re.sub('[^a-zA-Z0-9_-]+', '_', split)}_{subject.step}{'_ema' if average else ''}{other}.json"
-    if exported:
-        name = f"{_label(model or workdir)}_{format}_{name}"
-    folder = _result_folder(path, model, exported, out)
-    counts = {f"{key}_count": n for key, n in getattr(evaluator, "totals", {}).items() if isinstance(n, int) and key != "count"}
+    data = {"dir": data_dir, "name": data_name, "eval_split": split, "label_key": label_key}
+    subject = open_subject(workdir, model, format, at, ema, batch_size, data, out)
+    source = passes.open_trained_classes(subject)
+    passes.describe(subject)
+    found, evaluator = passes.run(subject, source, Scoring(per_class=per_class))
+    split, data = subject.config.data.eval_split, files.about_data(subject)
+    stem = files.stem(subject, split, files.data_ending(subject))
+    contents = files.by_class(subject.metadata["class_names"], evaluator.confusion) if per_class else {}
+    contents = {f"{stem}{ending}": text for ending, text in contents.items()}
     result = {
-        "split": split, "step": subject.step, "ema": average, "data": about_data, **found, **counts, "corrupt": corrupt,
-        "path": str(folder / name), **({"format": format} if exported else {}),
+        "split": split, "step": subject.step, "ema": subject.weights == "ema", "data": data, **found,
+        "path": str(subject.folder / f"{stem}.json"), **({"format": subject.format} if subject.format else {}),
     }  # fmt: skip
-    if jax.process_index() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(json.dumps(result, indent=2))
-        except OSError as error:
-            raise ConfigError(f"{folder} cannot be written ({error}); give another --out; the result is {result}") from None
+    if per_class:
+        result["files"] = [str(subject.folder / name) for name in contents]
+    files.write(subject, contents | {f"{stem}.json": json.dumps(result, indent=2)}, result)
+    if per_class:
+        title = f"{split}: {found['top1_count']:,} of {found['count']:,} right"
+        picture = files.draw(subject, f"{stem}_confusion.png", subject.metadata["class_names"], evaluator.confusion, title)
+        result["files"] += [str(picture)] if picture else []
     return result
 
 
-class _Subject(NamedTuple):
-    """What is evaluated: `eval_step(variables, batch)` gives a batch's metrics; batches are cut over `mesh`."""
+def evaluate_suite(
+    name: str,
+    workdir: str | None = None,
+    split: str | None = None,
+    ema: bool = False,
+    at: int | str = "latest",
+    data_dir: str | None = None,
+    batch_size: int | None = None,
+    model: str | None = None,
+    format: str | None = None,
+    out: str | None = None,
+    all_classes: bool = False,
+) -> dict:
+    """Evaluates one model on the data sets of a suite and writes `eval_suite_<name>_<step>[_ema].json` and `.md`.
 
-    task: Task
-    metadata: dict[str, Any]
-    step: int
-    weights: str
-    eval_step: Callable
-    variables: Any
-    mesh: jax.sharding.Mesh
+    Sets that are not prepared are named in the result, with the commands that prepare them.
 
+    Args:
+        name: "imagenet": validation, ReaL, V2, A, R, Sketch and C.
+        workdir: as of `evaluate`.
+        split: a slice such as "[:500]", for a try: it is taken of every set. None: whole sets.
+        ema: as of `evaluate`.
+        at: as of `evaluate`.
+        data_dir: TFDS's data_dir of all sets; None: that of training.
+        batch_size: as of `evaluate`.
+        model: as of `evaluate`.
+        format: as of `evaluate`.
+        out: as of `evaluate`.
+        all_classes: whether predictions on ImageNet-A and ImageNet-R are chosen from all 1,000 classes. False: from the
+            200 classes of the set.
 
-def _configure(config, split, data_dir, data_name, batch_size, one_device):
-    """Sets what the evaluation changes in a run's config, and checks it. JAX's devices are chosen here."""
-    size = config.eval_batch_size or config.batch_size
-    if not one_device:
-        sharding.use_cpu_cores(batch_size or size)
-    devices = 1 if one_device else jax.device_count()
-    config.data.dir = config.data.dir if data_dir is None else data_dir
-    config.data.name = config.data.name if data_name is None else data_name
-    config.data.eval_split = split or config.data.eval_split
-    # What belongs to training alone must not stand in the way here.
-    config.mesh.fsdp, config.model.bn_group_size, config.optimizer.accumulation_steps = 1, 0, 1
-    config.eval_batch_size = batch_size or -(-size // devices) * devices
-    config.batch_size = config.eval_batch_size
-    if config.model.attention_impl == "pallas":
-        config.model.attention_impl = "auto"
-    config_lib.validate(config, devices)
+    Returns:
+        What is written, see `halonet_jax.evaluating.suite.run`.
 
-
-def _open(path, format, step_name, weights):
-    """Opens a checkpoint or an export."""
-    if format in (None, "weights"):
-        mesh = sharding.make_mesh()
-        loaded = load(str(path), step_name, weights, mesh)
-        variables = loaded.variables["params"], loaded.variables["batch_stats"]
-        eval_step = jax.jit(step.make_eval_step(loaded.task, mesh), out_shardings=jax.NamedSharding(mesh, jax.P()))
-        return _Subject(loaded.task, loaded.metadata, loaded.step, loaded.weights, eval_step, variables, mesh)
-    if jax.process_count() > 1:
-        raise ConfigError(f"format {format} runs in one process, and there are {jax.process_count()}; start one")
-    about = portable.read_config(path)
-    portable.check_holds(path, about, step_name, weights)
-    task = tasks.make_task(about.config, about.metadata)
-    run, metrics = exporting.open_runner(path, format, task), jax.jit(task.metrics)
-    mesh = sharding.make_mesh(devices=jax.local_devices()[:1])
-    eval_step = lambda _, batch: metrics(jnp.asarray(run(np.asarray(batch["image"]))), batch)
-    return _Subject(task, about.metadata, about.step, about.weights, eval_step, None, mesh)
-
-
-def _run(subject, config, split, path):
-    """Evaluates on the split and returns the evaluator and the number of corrupt images."""
-    definition = tasks.find(config)
-    with distributed.together("opening the data"):
-        names = tuple(subject.metadata.get("class_names", ()))
-        source = definition.open_source(config, split, class_names=names, flag=_flag)
-        now = definition.metadata(config, source)
-        check_classes(subject.metadata, now, f"{path} was trained on", "by --data_dir, --data_name or --split")
-    if subject.variables is not None:
-        with sharding.use(subject.mesh):
-            description = subject.task.describe()
-        if jax.process_index() == 0:
-            print(f"  {description}", flush=True)
-    loader = Inputs(config, subject.task, None, source, flag=_flag).eval_batches()
-    with sharding.DeviceBatches(loader, subject.mesh) as batches:
-        evaluators = evaluation.evaluate(subject.eval_step, subject.task.evaluator, {"eval": subject.variables}, batches)
-        return evaluators["eval"], int(distributed.gather(loader.num_corrupt).sum())
-
-
-def _result_folder(path, model, exported, out):
-    """A run's results go into its workdir. Exports stay as they were published, and the hub's cache is not ours."""
-    if out is not None:
-        return workdir_lib.locate(out)
-    if not exported:
-        return path
-    return workdir_lib.locate(".") if hub.is_hub_name(model or "") else path.parent
-
-
-def _label(model):
-    """Name of an export, for a file name."""
-    name = model.removeprefix(hub.PREFIX) if hub.is_hub_name(model) else workdir_lib.locate(model).name
-    return re.sub("[^a-zA-Z0-9_.-]+", "_", name)
-
-
-def _flag(key):
-    return _FLAGS.get(key, "")
+    Raises:
+        ConfigError, DataError, CheckpointError: for bad input. A model of other classes, or not one prepared set, is one.
+    """
+    sets = suite.find(name)
+    suite.check_slice(split)
+    subject = open_subject(workdir, model, format, at, ema, batch_size, {"dir": data_dir}, out)
+    result = suite.run(name, sets, subject, split or "", all_classes, keep_dir=data_dir is not None)
+    stem = files.stem(subject, f"suite_{name}{split or ''}", "_all_classes" if all_classes else "")
+    result |= {"path": str(subject.folder / f"{stem}.json"), "markdown": str(subject.folder / f"{stem}.md")}
+    files.write(subject, {f"{stem}.json": json.dumps(result, indent=2), f"{stem}.md": tables.markdown(result)}, result)
+    return result
 
 
 def summary(result: dict) -> str:
     """One line for the terminal, from what `evaluate` returns."""
-    other = ("split", "step", "ema", "data", "count", "corrupt", "path", "format")
+    other = ("split", "step", "ema", "data", "count", "corrupt", "unlabelled", "path", "format", "files")
     parts = []
     for key, value in result.items():
         if key in other or key.endswith("_count"):
@@ -209,33 +146,65 @@ def summary(result: dict) -> str:
         count = f" ({result[f'{key}_count']}/{result['count']})" if f"{key}_count" in result else ""
         parts.append(f"{_LABELS.get(key, key)} {value:.4f}{count}")
     corrupt = f"; {result['corrupt']} corrupt images left out" if result["corrupt"] else ""
+    unlabelled = f"; {result['unlabelled']} images without a label left out" if result.get("unlabelled") else ""
     export = f"{result['format']}, " if "format" in result else ""
-    return f"{export}{result['split']} of step {result['step']}{' (EMA)' if result['ema'] else ''}: {', '.join(parts)}{corrupt}"
+    ema = " (EMA)" if result["ema"] else ""
+    return f"{export}{result['split']} of step {result['step']}{ema}: {', '.join(parts)}{corrupt}{unlabelled}"
 
 
 def define_flags() -> None:
     """Defines the flags of the command; not on import, so that several entries can be imported together."""
     flags.DEFINE_string("workdir", None, "Folder of the run, as given to halonet_jax.train.")
     flags.DEFINE_string("model", None, "In place of --workdir: an exported folder, or hf://OWNER/NAME[@REVISION].")
-    flags.DEFINE_enum("format", None, list(exporting.FORMATS), "Which export of --model; default: weights, or the first there is.")
+    flags.DEFINE_enum(
+        "format", None, list(exporting.FORMATS), "Which export of --model; default: weights, or the first there is."
+    )
     flags.DEFINE_string("out", None, "Folder for the result; default: the workdir, or beside the export.")
-    flags.DEFINE_string("split", None, "Split to evaluate; default: the config's data.eval_split.")
+    flags.DEFINE_string(
+        "split", None, "Split to evaluate; default: the config's data.eval_split. With --suite, a slice: '[:500]'."
+    )
     flags.DEFINE_boolean("ema", False, "Evaluate the moving average of the weights rather than the weights.")
     flags.DEFINE_string("step", "latest", "Checkpoint: a step number, 'latest' or 'best'.")
     flags.DEFINE_string("data_dir", None, "Where the data is, if not where it was in training.")
     flags.DEFINE_string("data_name", None, "TFDS data set, if not that of training; its classes must be the same.")
+    flags.DEFINE_string("label_key", None, "Feature of the TFDS data set that is the label, if not that of training.")
+    flags.DEFINE_boolean("per_class", False, "Also write the accuracy of each class and the confusion matrix.")
+    flags.DEFINE_string(
+        "suite", None, "Evaluate the sets of a suite: imagenet, which is validation, ReaL, V2, A, R, Sketch and C."
+    )
+    flags.DEFINE_boolean("all_classes", False, "With --suite: choose among all 1,000 classes on ImageNet-A and ImageNet-R too.")
     flags.DEFINE_integer("batch_size", None, "Global batch size; it does not change the result.")
 
 
 def main() -> int:
     """Runs the command and returns its exit code."""
     f = flags.FLAGS
+    if f.suite is not None:
+        return _main_suite(f)
+    if f.all_classes:
+        raise ConfigError("--all_classes is for --suite; leave it out, or add --suite=imagenet")
     result = evaluate(
-        f.workdir, f.split, f.ema, f.step, f.data_dir, f.batch_size, f.data_name, f.model, f.format, f.out
+        f.workdir, f.split, f.ema, f.step, f.data_dir, f.batch_size, f.data_name, f.model, f.format, f.out, f.label_key,
+        f.per_class,
     )  # fmt: skip
     print(summary(result))
+    for path in result.get("files", ()):
+        print(f"by class: {path}")
     print(f"written to {result['path']}")
     return 0
+
+
+def _main_suite(f):
+    for key in ("data_name", "label_key", "per_class"):
+        if f[key].value:
+            raise ConfigError(f"--{key} is for one data set, and --suite={f.suite} names its own; leave --{key} or --suite out")
+    result = evaluate_suite(
+        f.suite, f.workdir, f.split, f.ema, f.step, f.data_dir, f.batch_size, f.model, f.format, f.out, f.all_classes
+    )  # fmt: skip
+    if jax.process_index() == 0:
+        print(tables.text(result))
+        print(f"written to {result['path']} and {result['markdown']}")
+    return stopping.EXIT_INCOMPLETE if result["missing"] else 0
 
 
 if __name__ == "__main__":

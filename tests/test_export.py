@@ -1,5 +1,6 @@
 """Exports: each format computes what the checkpoint does, folders appear whole or not at all, and hostile folders give one line."""
 
+import csv
 import json
 import pickle
 import re
@@ -13,7 +14,7 @@ from entries import ROOT, command, run, train
 from etils import epath
 
 import halonet_jax
-from halonet_jax import evaluate, export, exporting
+from halonet_jax import data, evaluate, export, exporting
 from halonet_jax.errors import CheckpointError, ConfigError, ExportError, UserError
 from halonet_jax.exporting import checking, savedmodel, stablehlo
 from halonet_jax.weights import hub
@@ -50,6 +51,17 @@ def counts(workdir):
     return evaluate.evaluate(str(workdir), ema=True)
 
 
+@pytest.fixture(scope="module")
+def expected_confusion(loaded):
+    """Of the checkpoint, counted in NumPy."""
+    source, transform = data.open_source(loaded.config.data, "test"), loaded.task.transform(False)
+    rows = [transform(source[index], None) for index in range(len(source))]
+    predicted = np.asarray(loaded.logits(np.stack([row["image"] for row in rows]))).argmax(-1)
+    confusion = np.zeros((10, 10), int)
+    np.add.at(confusion, ([int(row["label"]) for row in rows], predicted), 1)
+    return confusion
+
+
 def test_progress_and_measured_errors(exported):
     folder, lines = exported
     checks = json.loads((folder / "export.json").read_text())["checks"]
@@ -63,19 +75,28 @@ def test_progress_and_measured_errors(exported):
 
 
 @pytest.mark.parametrize("name", (*FORMATS, "onnx"))
-def test_an_export_gives_the_counts_of_the_checkpoint(name, exported, workdir, counts, tmp_path):
+def test_an_export_gives_the_counts_of_the_checkpoint(name, exported, workdir, counts, expected_confusion, tmp_path):
     folder = exported[0]
     if name == "onnx":
         pytest.importorskip("jax2onnx")
         pytest.importorskip("onnxruntime")
         folder = tmp_path / "digits"
         export.export(str(workdir), folder, ["onnx"])
-    result = evaluate.evaluate(model=str(folder), format=name, out=str(tmp_path / "results"), batch_size=28)
+    result = evaluate.evaluate(model=str(folder), format=name, out=str(tmp_path / "results"), batch_size=28, per_class=True)
     assert result["format"] == name and result["ema"] and result["count"] == 360
     assert [result[f"{key}_count"] for key in ("top1", "top5")] == [counts[f"{key}_count"] for key in ("top1", "top5")]
     assert result["loss"] == pytest.approx(counts["loss"], abs=1e-6)
     assert result["path"] == f"{tmp_path}/results/digits_{name}_eval_test_8_ema.json"
     assert evaluate.summary(result).startswith(f"{name}, test of step 8 (EMA): ")
+    stem = f"{tmp_path}/results/digits_{name}_eval_test_8_ema"
+    files = [f"{stem}_per_class.csv", f"{stem}_confusion.csv", f"{stem}_confusion.png"]
+    assert result["files"] == files and (tmp_path / files[2]).stat().st_size > 10_000
+    (_, *classes), (_, *matrix) = (list(csv.reader(epath.Path(path).read_text().splitlines())) for path in files[:2])
+    confusion = np.array([row[1:] for row in matrix], int)
+    np.testing.assert_array_equal(confusion, expected_confusion)
+    assert [row[0] for row in classes] == [row[0] for row in matrix] == [str(digit) for digit in range(10)]
+    assert [[int(x) for x in row[1:3]] for row in classes] == list(map(list, zip(confusion.sum(1), confusion.diagonal())))
+    assert [float(row[3]) for row in classes] == pytest.approx(confusion.diagonal() / confusion.sum(1))
 
 
 def test_the_result_of_a_model_on_the_hub_does_not_go_into_its_cache(exported, tmp_path, monkeypatch):
@@ -199,6 +220,7 @@ def test_mistakes(arguments, message, workdir, tmp_path, monkeypatch):
     ({"format": "stablehlo", "at": 3}, "step=3, but"),
     ({"workdir": "runs/x"}, "give either --workdir"),
     ({"split": "val", "format": "stablehlo"}, "digits has no split 'val'"),
+    ({"label_key": "digit"}, "data.label_key='digit' is for TFDS data sets, and data.source is 'digits'; leave --label_key out"),
 ])  # fmt: skip
 def test_mistakes_in_an_evaluation(arguments, message, exported):
     with pytest.raises(UserError, match=re.escape(message)):

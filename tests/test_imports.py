@@ -22,15 +22,14 @@ RULES = {
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
+    "evaluating": ({"errors", "config", "data", "runtime", "training", "tasks", "weights", "exporting"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
     "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
     "starting": ({"errors", "training", "weights"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
-    "evaluate": (
-        {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
-    ),
+    "evaluate": ({"errors", "runtime", "tasks", "command_line", "exporting", "evaluating"}, ANY_LIBRARY),
     "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
     "summary": ({"errors", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),

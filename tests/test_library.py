@@ -8,6 +8,7 @@ import toy_boxes  # noqa: F401  (registers the task)
 
 from halonet_jax import config as config_lib
 from halonet_jax import data, evaluate, train, weights
+from halonet_jax.errors import ConfigError
 
 
 def boxes_config(**options):
@@ -49,6 +50,12 @@ def test_another_task_trains_evaluates_and_keeps_its_best(runs):
     again = evaluate.evaluate(str(workdir), ema=True, at="best", batch_size=48)
     assert again["count"] == 360 and again["mean_overlap"] == pytest.approx(scores[result.best_step], abs=1e-6)
     assert "mean_overlap" in evaluate.summary(again) and "top" not in evaluate.summary(again)
+    for entry in (
+        lambda: evaluate.evaluate(str(workdir), per_class=True),
+        lambda: evaluate.evaluate_suite("imagenet", str(workdir)),
+    ):
+        with pytest.raises(ConfigError, match="is for classification, and the model's task is 'digit_boxes'; leave --"):
+            entry()
 
 
 def test_two_runs_in_one_process_leave_no_thread_of_ours(runs):

@@ -5,7 +5,7 @@ import json
 import cv2
 import numpy as np
 
-from halonet_jax.runtime import plots
+from halonet_jax.runtime import confusion_picture, plots
 
 
 def test_halo_attention_diagram(tmp_path):
@@ -29,3 +29,26 @@ def test_learning_curve_draws_the_tasks_metric(tmp_path):
         right_half[metric] = picture[:, picture.shape[1] // 2 :].reshape(-1, 3)
     orange = {metric: np.sum(pixels[:, 2] - pixels[:, 0] > 60) for metric, pixels in right_half.items()}
     assert orange["top1"] == 0 and orange["mean_error"] > 100
+
+
+def test_confusion_of_few_classes_is_a_matrix(tmp_path):
+    """Blue where something is: in two and in three of nine cells."""
+    blue = {}
+    for count in (0, 5):
+        names = ["cat", "dog", "$a very long name that does not fit at all"]
+        confusion_picture.draw(np.diag([5, count, 1000]), names, "t", tmp_path / "c.png")
+        picture = cv2.imread(str(tmp_path / "c.png")).astype(int)
+        blue[count] = np.sum(picture[..., 0] - picture[..., 2] > 60)
+    assert blue[0] > 1000 and 1.4 < blue[5] / blue[0] < 1.6
+
+
+def test_confusion_of_many_classes_names_the_most_frequent_errors(tmp_path):
+    confusion = np.zeros((1000, 1000), int)
+    confusion[3, 4], confusion[4, 3], confusion[999, 0], confusion[7, 7] = 9, 8, 20, 50
+    assert confusion_picture.most_confused(confusion, 30) == [(999, 0, 20), (3, 4, 9), (4, 3, 8)]
+    names = [f"class {i}" for i in range(1000)]
+    for matrix in (confusion, np.zeros_like(confusion)):
+        confusion_picture.draw(matrix, names, "t", tmp_path / "c.png")
+        picture = cv2.imread(str(tmp_path / "c.png")).astype(int)
+        orange = np.sum(picture[..., 2] - picture[..., 0] > 60)
+        assert picture.shape[1] > 1000 and (orange > 1000) == matrix.any()

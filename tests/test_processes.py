@@ -3,6 +3,7 @@
 That the same processes give the same bits, through kills too, is what test_faults.py::test_chaos holds.
 """
 
+import csv
 import json
 
 import pytest
@@ -79,9 +80,12 @@ def test_four_processes_then_two_devices(tmp_path):
 def test_evaluation_over_two_processes(alone, pair):
     """Exact counts, with a last batch that the images do not fill."""
     workdir, _ = pair
-    arguments = command("evaluate", f"--workdir={workdir}", "--batch_size=100")
+    arguments = command("evaluate", f"--workdir={workdir}", "--batch_size=100", "--per_class")
     done = wait_for([start([*arguments, *flags], devices=2) for flags in join_flags(2)])
     assert [process.returncode for process in done] == [0, 0], done
     result = json.loads((workdir / f"eval_test_{STEPS}.json").read_text())
     _, evaluation = reports(workdir)
     assert result["count"] == 360 and result["top1_count"] == round(360 * evaluation["eval/top1"])
+    (_, *rows) = csv.reader((workdir / f"eval_test_{STEPS}_per_class.csv").open())
+    assert [sum(int(row[column]) for row in rows) for column in (1, 2)] == [360, result["top1_count"]]
+    assert (workdir / f"eval_test_{STEPS}_confusion.png").exists()

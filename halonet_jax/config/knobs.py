@@ -140,6 +140,7 @@ DATA = (
     Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS data folder, or root of an image folder"),
     Knob("train_split", "train", Text(), "", PAPER, "split to train on"),
     Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on"),
+    Knob("label_key", "label", Text(), "", OURS, "feature of the TFDS data set that is the label"),
     Knob("image_size", 256, Whole(8, 8192), "pixels", PAPER, "side of the model's square input"),
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
          "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),

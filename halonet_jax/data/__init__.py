@@ -17,7 +17,7 @@ from halonet_jax.data.images import (
 )
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.opening import open_source
-from halonet_jax.data.tfds import TfdsSource
+from halonet_jax.data.tfds import NotPrepared, TfdsSource
 from halonet_jax.errors import CorruptImage, DataError
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "FileSource",
     "FolderSource",
     "Loader",
+    "NotPrepared",
     "Source",
     "TfdsSource",
     "Transform",

@@ -16,15 +16,17 @@ def open_source(
     split: str,
     *,
     class_names: Sequence[str] | None = None,
+    multi_label: bool = False,
     flag: Callable[[str], str] = "--config.{}".format,
 ) -> Source:
     """Opens one split of the configured data set; nothing is ever downloaded.
 
     Args:
-        data_config: the config's `data` block; `source`, `name`, `dir` and `train_split` are read.
+        data_config: the config's `data` block; `source`, `name`, `dir`, `train_split` and `label_key` are read.
         split: "train", "validation", ...; with TFDS also a slice such as "train[:90%]".
         class_names: the classes that labels must mean, such as those of a checkpoint. None: those of the data set
             itself. With them, an image folder does not need its train split.
+        multi_label: whether an image may have any number of labels. Training needs one.
         flag: spells the command-line flag that sets a config key, for the remedies in messages:
             "data.dir" gives "--config.data.dir" in training.
 
@@ -32,17 +34,28 @@ def open_source(
         A source for `halonet_jax.data.ClassificationTransform`.
 
     Raises:
-        DataError: if the data set, the split or a class folder is missing, empty or of the wrong kind, or if the
-            classes are not those of `class_names`.
+        DataError: if the data set, the split or a class folder is missing, empty or of the wrong kind, if images have
+            several labels and `multi_label` is False, or if the classes are not those of `class_names`.
     """
     class_names = tuple(class_names or ()) or None
     role = "train_split" if class_names is None and split == data_config.train_split else "eval_split"
+    if data_config.source != "tfds" and data_config.label_key != "label":
+        raise DataError(
+            f"data.label_key={data_config.label_key!r} is for TFDS data sets, and data.source is {data_config.source!r}; leave"
+            f" {flag('data.label_key') or 'data.label_key'} out"
+        )
     if data_config.source == "folder":
         return FolderSource(data_config.dir, split, data_config.train_split, role, class_names=class_names, flag=flag)
     if data_config.source == "digits":
         source = DigitsSource(split, role, flag=flag)
     elif data_config.source == "tfds":
-        source = TfdsSource(data_config.name, data_config.dir, split, role, flag=flag)
+        source = TfdsSource(data_config.name, data_config.dir, split, role, data_config.label_key, flag=flag)
+        if source.multi_label and not multi_label:
+            setting, keys = flag("data.label_key") or "data.label_key", " or ".join(source.single_label_keys)
+            raise DataError(
+                f"data.label_key {data_config.label_key!r} of TFDS data set {data_config.name!r} holds several labels for an"
+                f" image, and one is needed; {f'set {setting} to {keys}' if keys else 'choose another data set'}"
+            )
     else:
         raise DataError(f"data.source {data_config.source!r} is unknown; use one of {', '.join(SOURCES)}")
     if class_names is not None and source.class_names != class_names:

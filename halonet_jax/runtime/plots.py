@@ -22,7 +22,7 @@ def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, met
         path: of the picture.
         metric: the task's primary one, as reports name it after "eval/".
     """
-    figure, (loss_axes, metric_axes) = _figure(1, 2, figsize=(10, 4))
+    figure, (loss_axes, metric_axes) = new_figure(1, 2, figsize=(10, 4))
     for color, workdir in zip(COLORS * len(workdirs), workdirs):
         reports, name = reporting.read_metrics(workdir), epath.Path(workdir).name
         _line(loss_axes, reports, "train/loss", color=color, linewidth=1.2, label=name)
@@ -37,7 +37,7 @@ def learning_curve(workdirs: list[str | epath.Path], path: str | epath.Path, met
         metric_axes.legend(frameon=False, loc="best", labelcolor=INK)
     if len(workdirs) > 1:
         loss_axes.legend(frameon=False, labelcolor=INK)
-    _save(figure, path)
+    save(figure, path)
 
 
 def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_size: int = 2, blocks: int = 4) -> None:
@@ -51,7 +51,7 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
         halo_size: border around the block (h), in pixels.
         blocks: number of blocks along a side of the map.
     """
-    figure, axes = _figure(1, 3, figsize=(13, 4.7))
+    figure, axes = new_figure(1, 3, figsize=(13, 4.7))
     b, h, size = block_size, halo_size, block_size * blocks
     query, key = COLORS[0], COLORS[1]
     titles = (
@@ -89,7 +89,7 @@ def halo_attention_diagram(path: str | epath.Path, block_size: int = 4, halo_siz
     figure.legend(
         handles, ["queries", "halo: keys and values only"], loc="outside lower center", ncols=2, frameon=False, labelcolor=INK
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 class AttentionPanel(NamedTuple):
@@ -125,7 +125,7 @@ def attention(image: Any, rows: Sequence[Sequence[AttentionPanel | None]], title
     height, width = image.shape[:2]
     columns, names = 1 + max(map(len, rows)), ("query", "block", "block and halo: where its keys are", "attended to most")
     ratio = min(max(height / width, 0.5), 2)
-    figure, axes = _figure(len(rows), columns, figsize=(2.6 * columns, (2.6 * ratio + 0.3) * len(rows) + 0.4), squeeze=False)
+    figure, axes = new_figure(len(rows), columns, figsize=(2.6 * columns, (2.6 * ratio + 0.3) * len(rows) + 0.4), squeeze=False)
     shown = None
     for (first, *others), panels in zip(axes, rows):
         query = next(panel.query for panel in panels if panel)
@@ -147,7 +147,7 @@ def attention(image: Any, rows: Sequence[Sequence[AttentionPanel | None]], title
         _samples(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9, handlelength=1.8,
         handleheight=1.2,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 # The outlines of a panel: query, block, window. Each is drawn over a darker, wider one, to be seen on any image.
@@ -209,7 +209,14 @@ def _line(axes, reports, key, **style):
         axes.plot(*zip(*points), marker="o" if len(points) == 1 else None, **style)
 
 
-def _figure(rows, columns, **options):
+def new_figure(rows: int, columns: int, **options: Any) -> tuple[Any, Any]:
+    """Returns a matplotlib figure in this project's style, and its axes.
+
+    Args:
+        rows: of axes.
+        columns: likewise.
+        **options: further arguments of `pyplot.subplots`.
+    """
     import matplotlib  # Imported here, because it takes a second, and training does not need it.
 
     matplotlib.use("Agg")
@@ -227,7 +234,13 @@ def _figure(rows, columns, **options):
     return figure, axes
 
 
-def _save(figure, path):
+def save(figure: Any, path: str | epath.Path) -> None:
+    """Writes a figure as PNG and closes it.
+
+    Args:
+        figure: from `new_figure`.
+        path: of the PNG.
+    """
     from matplotlib import pyplot
 
     with epath.Path(path).open("wb") as file:

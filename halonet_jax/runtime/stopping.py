@@ -17,6 +17,7 @@ from halonet_jax.errors import Stopped
 
 # Codes of sysexits.h, if it has a fitting one.
 EXIT_BAD_INPUT = 2  # a flag, the config, data or a checkpoint
+EXIT_INCOMPLETE = 3  # a suite was evaluated, less the sets that are not prepared
 EXIT_LOST_PEER = 69  # EX_UNAVAILABLE: another process is gone, or a step hangs; the same command resumes
 EXIT_NON_FINITE = 70  # EX_SOFTWARE
 EXIT_STORAGE = 74  # EX_IOERR: the workdir cannot be written

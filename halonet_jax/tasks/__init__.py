@@ -16,21 +16,29 @@ class Definition(NamedTuple):
 
     Attributes:
         open_source: `(config, split, class_names=None, flag=…) -> Source`. With `class_names`, the source's labels must
-            mean these classes. `flag` maps a config key to its command-line flag, for error messages.
+            mean these classes. `flag` maps a config key to its command-line flag, for error messages. Where there is
+            `scored`, it also takes `multi_label`: whether an image may have several labels.
         metadata: `(config, source) -> dict`, the `Task.metadata` of a run on this source.
         expected_metadata: `(config) -> dict`, the same without opening data, for compile checks.
         make_task: `(config, metadata) -> Task`.
+        scored: `(task, config, scoring) -> Task`: the task with another evaluation, a `halonet_jax.tasks.scoring.Scoring`.
+            None where a task has one evaluation.
     """
 
     open_source: Callable[..., Any]
     metadata: Callable[..., dict]
     expected_metadata: Callable[[ml_collections.ConfigDict], dict]
     make_task: Callable[[ml_collections.ConfigDict, dict], Task]
+    scored: Callable[..., Task] | None = None
 
 
 _DEFINITIONS = {
     "classification": Definition(
-        classification.open_source, classification.metadata, classification.expected_metadata, classification.make_task
+        classification.open_source,
+        classification.metadata,
+        classification.expected_metadata,
+        classification.make_task,
+        classification.scored,
     )
 }
 

@@ -1,5 +1,6 @@
 """Image classification with label smoothing, mixup and CutMix."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,7 @@ import optax
 from halonet_jax import config as config_lib
 from halonet_jax import data, models
 from halonet_jax.models import freezing
-from halonet_jax.tasks import adapting, mixing
+from halonet_jax.tasks import adapting, mixing, scoring
 from halonet_jax.training.task import Task
 
 # For compile checks. Other sources count as ImageNet.
@@ -85,8 +86,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     """Returns the classification task of a config.
 
     Batches hold uint8 `image` `[B, H, W, 3]` and int32 `label` `[B]`. Normalisation, mixup and CutMix run on the
-    device. Evaluation sums "count", "top1" and "top5" (int32 numbers of examples) and "loss" (cross-entropy without
-    smoothing).
+    device. `scoring.make_metrics` says what evaluation sums; `scored` makes it count in another way.
 
     Args:
         config: the whole config.
@@ -116,20 +116,9 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     def predict(params, model_state, batch):
         return model.apply({"params": params, "batch_stats": model_state}, normalize(batch["image"]), train=False)
 
-    def metrics(logits, batch):
-        mask, label = batch["mask"], batch["label"]
-        # Ties and NaN count against the model, so that a constant or broken output scores nothing.
-        at_label = jnp.take_along_axis(logits, label[:, None], axis=1)
-        rank = (~(logits < at_label)).sum(-1) - 1
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-        return {
-            "count": mask.sum(),
-            "top1": (mask & (rank < 1)).sum(),
-            "top5": (mask & (rank < 5)).sum(),
-            "loss": jnp.where(mask, cross_entropy, 0).sum(),
-        }
-
-    if config.model.freeze and (unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)):
+    if config.model.freeze and (
+        unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)
+    ):
         raise config_lib.ConfigError(
             f"model.freeze has {unmatched[0]!r}, which matches no parameter; patterns look like 'backbone/stage1_*', and "
             "models.create(...).init(...) shows all names"
@@ -147,7 +136,26 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         return adapting.adapt(variables, other_model, model, *classes, data_config.image_size)
 
     return Task(
-        init, loss, predict, metrics, primary_metric="top1", transform=transform, metadata=metadata, describe=describe,
-        model=model, normalize=normalize, distances=freezing.distances_from_top, adapt=adapt,
+        init, loss, predict, scoring.make_metrics(num_classes), primary_metric="top1", transform=transform,
+        metadata=metadata, describe=describe, model=model, normalize=normalize, distances=freezing.distances_from_top, adapt=adapt,
         frozen=functools.partial(freezing.frozen, patterns=config.model.freeze) if config.model.freeze else None,
+    )  # fmt: skip
+
+
+def scored(task: Task, config: ml_collections.ConfigDict, how: scoring.Scoring) -> Task:
+    """Returns a task with another evaluation; the model is the same.
+
+    Args:
+        task: as `make_task` returns it.
+        config: the whole config. The data may be another than that of `task`.
+        how: to score.
+    """
+    num_classes = len(task.metadata["class_names"])
+    transform = data.ClassificationTransform(
+        config.data, num_classes=num_classes, training=False, multi_label=how.multi_label, allowed=how.classes
+    )
+    confusion = functools.partial(scoring.ConfusionEvaluator, len(how.classes or range(num_classes)))
+    return dataclasses.replace(
+        task, metrics=scoring.make_metrics(num_classes, how), transform=lambda training: transform,
+        evaluator=confusion if how.per_class else task.evaluator,
     )  # fmt: skip
