@@ -186,7 +186,9 @@ def test_a_wrong_export_leaves_nothing_and_replaces_nothing(run_back, message, l
 
 
 def test_overwrite_replaces_exports_alone(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.FORMATS["weights"], "runners", broken_runners(lambda images: np.asarray(loaded.logits(images))))
+    monkeypatch.setattr(
+        exporting.FORMATS["weights"], "runners", broken_runners(lambda images: np.asarray(loaded.logits(images)))
+    )
     out = tmp_path / "out"
     out.mkdir()
     (out / "photo.jpg").write_text("mine")

@@ -76,7 +76,9 @@ def _draw_pairs(confusion, names, title, path):
     count = confusion.sum(1)
     accuracy = confusion.diagonal()[count > 0] / count[count > 0]
     right.hist(accuracy, bins=np.linspace(0, 1, 21), color=plots.COLORS[0], rwidth=0.9)
-    right.set(title=f"Accuracy of the {len(accuracy):,} classes", xlabel="share of a class's images that are right", xlim=(0, 1))
+    right.set(
+        title=f"Accuracy of the {len(accuracy):,} classes", xlabel="share of a class's images that are right", xlim=(0, 1)
+    )
     right.set_ylabel("classes", color=plots.MUTED)
     plots.save(figure, path)
 
