@@ -1,0 +1,255 @@
+"""Scenes of several scanned digits on a textured background, drawn on demand, with labels, boxes and masks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from halonet_jax.data import drawing
+from halonet_jax.data.digits import scans
+from halonet_jax.errors import DataError
+
+LABELS = ("most", "left", "largest")
+_CLASSES = tuple("0123456789")
+_STREAMS = {"train": 0, "test": 1}
+_BANK = 8  # textures and layers of clutter, each twice as wide as the canvas; a scene cuts its own place from one of each
+_MASK = int(0.35 * drawing.FULL)  # a pixel belongs to a digit if it has more ink
+_TRIES = 16  # places to try for a digit before the layout is drawn again
+
+
+class Digit(NamedTuple):
+    """A digit in a scene.
+
+    Attributes:
+        scan: number of its scan within the split.
+        label: its class.
+        top: first row, pixels.
+        left: first column, pixels.
+        height: pixels, with the scan's empty border.
+        width: likewise.
+    """
+
+    scan: int
+    label: int
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class DigitScenes:
+    """Scenes composed of scikit-learn's digits: `image` uint8 [size, size, 3] and `label` int.
+
+    An example is a function of (seed, split, index), the same on every platform. Scans of one split never appear in the
+    other; `halonet_jax.data.digits.scans` splits them.
+
+    The label of a scene is one of:
+
+    - "most": the digit that occurs most often. No other occurs as often.
+    - "left": the digit next to the framed one, on its left.
+    - "largest": the largest digit, of one to five that are a ninth to four ninths of the canvas. For detection.
+
+    Args:
+        split: "train" or "test".
+        count: number of scenes.
+        size: side of the canvas, pixels, 48 to 256.
+        label: one of `LABELS`.
+        difficulty: 0 to 1. More means more digits, of sizes that differ more (both but for "largest"), more clutter and
+            noise, and less contrast.
+        seed: of the scenes.
+        classes: names of the digits that scenes have, by label. Empty: "0" to "9".
+        role: as of `halonet_jax.data.digits.scans`.
+        flag: likewise.
+
+    Attributes:
+        class_names: the digits, by label.
+        rows: rows of the split's scans among scikit-learn's 1,797, int64 [n].
+
+    Raises:
+        DataError: for another split, label or class.
+    """
+
+    def __init__(
+        self, split: str, *, count: int, size: int = 64, label: str = "most", difficulty: float = 0.5, seed: int = 0,
+        classes: Sequence[str] = (), role: str = "eval_split", flag: Callable[[str], str] = "--config.{}".format,
+    ):  # fmt: skip
+        ink, digits, rows = scans(split, role, flag=flag, source="digit_scenes")
+        if label not in LABELS:
+            raise DataError(f"digit scenes have no label {label!r}; use one of {', '.join(LABELS)}")
+        self.class_names = tuple(classes) or _CLASSES
+        if unknown := [name for name in self.class_names if name not in _CLASSES] or len(set(self.class_names)) < len(classes):
+            what = f"has {unknown[0]!r}" if isinstance(unknown, list) else "names a digit twice"
+            raise DataError(f"classes={self.class_names} {what}; digit scenes have the classes {', '.join(_CLASSES)}")
+        chosen = np.isin(digits, [int(name) for name in self.class_names])
+        self._scans, self.rows = ink[chosen].astype(np.float32), rows[chosen]
+        self._of_class = [np.flatnonzero(digits[chosen] == int(name)).tolist() for name in self.class_names]
+        self._split, self._stream, self._count, self._size, self._label = split, _STREAMS[split], count, size, label
+        self._difficulty, self._seed = round(100 * difficulty), seed
+        draws = drawing.Draws(seed, 2 + self._stream, 0)
+        self._textures = drawing.textures(draws, _BANK, 2 * size)
+        self._clutter = drawing.clutter(draws, self._scans, _BANK, 2 * size)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, label, _, _ = self._draw(index)
+        return {"image": image, "label": label}
+
+    def scene(self, index: int) -> dict[str, Any]:
+        """Returns an example with its objects, in the order in which they were drawn.
+
+        Args:
+            index: number of the example.
+
+        Returns:
+            `image` and `label` of the example; for its n digits `boxes`, float32 [n, 4], top, left, bottom and right of
+            the visible pixels; `classes`, int32 [n]; `masks` of the visible pixels, bool [n, size, size]; and `scans`,
+            int64 [n], their rows among scikit-learn's 1,797.
+        """
+        image, label, digits, inks = self._draw(index)
+        masks = np.zeros((len(digits), self._size, self._size), bool)
+        for number, (d, ink) in enumerate(zip(digits, inks)):
+            place = slice(d.top, d.top + d.height), slice(d.left, d.left + d.width)
+            inked = ink > _MASK
+            masks[number][place] = inked
+            masks[(slice(number), *place)] &= ~inked
+        return {
+            "image": image, "label": label, "boxes": np.array([_box(mask) for mask in masks], np.float32),
+            "classes": np.array([d.label for d in digits], np.int32), "masks": masks,
+            "scans": self.rows[[d.scan for d in digits]],
+        }  # fmt: skip
+
+    def name(self, index: int) -> str:
+        """Returns "digit_scenes/<split>[<index>]".
+
+        Args:
+            index: number of the example.
+        """
+        return f"digit_scenes/{self._split}[{index}]"
+
+    def _draw(self, index):
+        """Image, label, digits and the ink of each."""
+        draws, hard, size = drawing.Draws(self._seed, self._stream, index), self._difficulty, self._size
+        noise = draws.bytes(size, size, 3)
+        label, digits = self._layout(draws)
+        base = draws.between(70, 185)
+        image = self._background(draws, base, hard)
+        contrast = 150 - hard
+        sides = [side for side in (-1, 1) if 0 <= base + side * contrast <= 255] or [1 if base < 128 else -1]
+        level = base + draws.sample(sides, 1)[0] * contrast
+        inks = []
+        for d in digits:
+            ink = drawing.resize(self._scans[d.scan], d.height, d.width)
+            color = np.array([min(255, max(0, level + draws.between(-30, 30))) for _ in range(3)], np.int32)
+            _paint(image, d, (ink.astype(np.int32) >> 8)[..., None], color)
+            inks.append(ink)
+        if self._label == "left":
+            self._frame(image, digits[0], level)
+        if amplitude := 60 * hard // 100:
+            image += ((noise.astype(np.int32) - 128) * amplitude) >> 7
+        return np.clip(image, 0, 255).astype(np.uint8), label, digits, inks
+
+    def _background(self, draws, base, hard):
+        size = self._size
+
+        def cut(bank):
+            layer, y, x = draws.below(_BANK), draws.below(size + 1), draws.below(size + 1)
+            return bank[layer, y : y + size, x : x + size].astype(np.int32)
+
+        gray = base + ((cut(self._textures) * (20 + hard // 2) + cut(self._clutter) * hard) >> 7)
+        return gray[..., None] + np.array([draws.between(-20, 20) for _ in range(3)], np.int32)
+
+    def _frame(self, image, digit, level):
+        """Marks a digit by a line around it."""
+        top, left = max(0, digit.top - 1), max(0, digit.left - 1)
+        bottom, right = min(self._size, digit.top + digit.height + 1), min(self._size, digit.left + digit.width + 1)
+        for place in (np.s_[top, left:right], np.s_[bottom - 1, left:right], np.s_[top:bottom, left], np.s_[top:bottom, right - 1]):
+            image[place] = level
+
+    def _layout(self, draws):
+        """The label, and the digits in the order of drawing."""
+        winner, digits = draws.below(len(self._of_class)), []
+        layout = {"most": self._most, "left": self._left, "largest": self._largest}[self._label]
+        while not digits:  # a try that finds no room for a digit is given up
+            digits = layout(draws, winner)
+        return winner, digits
+
+    def _most(self, draws, winner):
+        sizes = self._sizes(draws)
+        others = [label for label in range(len(self._of_class)) if label != winner]
+        # As few winners as the other classes leave, but at least a third, and two.
+        copies = max(2, len(sizes) // 3, -(-(len(sizes) + len(others)) // (1 + len(others))))
+        labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies) if others else [winner] * len(sizes)
+        return self._place(draws, draws.sample(labels, len(labels)), sorted(sizes, reverse=True))
+
+    def _left(self, draws, winner):
+        size_of_framed, size_of_answer, *sizes = self._sizes(draws)
+        framed = self._digit(draws, draws.below(len(self._of_class)), size_of_framed)
+        answer, gap = self._digit(draws, winner, size_of_answer), draws.between(2, 3)
+        room = self._size - 2 - framed.width - answer.width - gap
+        framed = framed._replace(
+            top=draws.between(1, self._size - 1 - framed.height), left=draws.below(room + 1) + answer.width + gap
+        )
+        top = framed.top + (framed.height - answer.height) // 2 + draws.between(-answer.height // 4, answer.height // 4)
+        answer = answer._replace(top=min(max(top, 0), self._size - answer.height), left=framed.left - gap - answer.width)
+        labels = [draws.below(len(self._of_class)) for _ in sizes]
+        frame = framed._replace(
+            top=framed.top - 2, left=framed.left - 2, height=framed.height + 4, width=framed.width + 4
+        )  # keeps the line free
+        placed = self._place(draws, labels, sorted(sizes, reverse=True), (frame, answer))
+        return placed and [framed, *placed[1:]]
+
+    def _largest(self, draws, winner):
+        least, most = self._size * 7 // 64, self._size * 28 // 64
+        largest = draws.between(least * 5 // 4 + 1, most)
+        sizes = [largest] + sorted((draws.between(least, largest * 4 // 5) for _ in range(draws.below(5))), reverse=True)
+        labels = [winner] + [draws.below(len(self._of_class)) for _ in sizes[1:]]
+        return self._place(draws, labels, sizes)
+
+    def _sizes(self, draws):
+        middle = self._size * 15 // 64
+        spread = middle * self._difficulty // 250
+        return [middle + draws.between(-spread, spread) for _ in range(3 + draws.below(1 + 6 * self._difficulty // 100))]
+
+    def _digit(self, draws, label, size):
+        """A digit whose place is not known yet, up to a fifth narrower than high."""
+        scan = self._of_class[label][draws.below(len(self._of_class[label]))]
+        return Digit(scan, label, 0, 0, size, size - draws.below(1 + size // 5))
+
+    def _place(self, draws, labels, sizes, placed=()):
+        """Adds digits one by one where they overlap no other by more than a pixel; [] if there is no room."""
+        placed = list(placed)
+        for label, size in zip(labels, sizes):
+            digit = self._digit(draws, label, size)
+            for _ in range(_TRIES):
+                top, left = draws.below(self._size - digit.height + 1), draws.below(self._size - digit.width + 1)
+                digit = digit._replace(top=top, left=left)
+                if not any(_overlap(digit, other) for other in placed):
+                    placed.append(digit)
+                    break
+            else:
+                return []
+        return placed
+
+
+def _overlap(a, b):
+    return (
+        a.top + 1 < b.top + b.height and b.top + 1 < a.top + a.height
+        and a.left + 1 < b.left + b.width and b.left + 1 < a.left + a.width
+    )  # fmt: skip
+
+
+def _paint(image, digit, ink, color):
+    place = image[digit.top : digit.top + digit.height, digit.left : digit.left + digit.width]
+    place += ((color - place) * ink) >> 8
+
+
+def _box(mask):
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
