@@ -29,3 +29,16 @@ def test_learning_curve_draws_the_tasks_metric(tmp_path):
         right_half[metric] = picture[:, picture.shape[1] // 2 :].reshape(-1, 3)
     orange = {metric: np.sum(pixels[:, 2] - pixels[:, 0] > 60) for metric, pixels in right_half.items()}
     assert orange["top1"] == 0 and orange["mean_error"] > 100
+
+
+def test_scenes_show_boxes_and_masks_in_colour(tmp_path):
+    """A gray image, so that colour is that of its object."""
+    image, mask = np.full((40, 40, 3), 90, np.uint8), np.zeros((1, 40, 40), bool)
+    mask[0, 10:30, 5:25] = True
+    objects = {"boxes": [(10, 5, 30, 25)], "masks": mask, "classes": [7]}
+    colored = []
+    for example in ({"image": image, "label": 3}, {"image": image, "label": 3, **objects}):
+        plots.scenes([("a row", [example, example])], tmp_path / "scenes.png")
+        pixels = cv2.imread(str(tmp_path / "scenes.png")).reshape(-1, 3).astype(int)
+        colored.append(np.mean(pixels[:, 0] - pixels[:, 2] > 60))
+    assert colored[0] == 0 and 0.1 < colored[1] < 0.4

@@ -8,6 +8,6 @@ from halonet_jax.config.validation import validate
 from halonet_jax.errors import ConfigError
 
 __all__ = [
-    "OPTIMIZERS", "SECTIONS", "ConfigError", "Knob", "differences", "digit_scenes", "digits", "from_json", "imagenet", "independent_parts",
-    "model_options", "sibling", "smoke", "to_json", "validate", "with_argument",
+    "OPTIMIZERS", "SECTIONS", "ConfigError", "Knob", "differences", "digit_scenes", "digits", "from_json", "imagenet",
+    "independent_parts", "model_options", "sibling", "smoke", "to_json", "validate", "with_argument",
 ]  # fmt: skip

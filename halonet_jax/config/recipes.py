@@ -179,7 +179,9 @@ def _shrink(config, divisor, image_size):
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from None
     if "stages" in v:
-        raise ConfigError(f"model.name={config.model.name!r} lists its blocks and cannot be shrunk; write ':smoke' after another recipe")
+        raise ConfigError(
+            f"model.name={config.model.name!r} lists its blocks and cannot be shrunk; write ':smoke' after another recipe"
+        )
     m, layers, magnitude = config.model, config.data.randaugment_layers, config.data.randaugment_magnitude
     m.base_width, m.stem_width = max(1, v["base_width"] // divisor), max(1, v["stem_width"] // divisor)
     m.final_width = v["final_width"] // divisor

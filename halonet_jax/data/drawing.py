@@ -96,7 +96,8 @@ def textures(draws: Draws, count: int, size: int) -> np.ndarray:
     y, x = np.mgrid[:size, :size]
     for number, texture in enumerate(result):
         for points, share in ((6, 4), (16, 3), (48, 2)):
-            texture += share * (resize(draws.bytes(points, points).astype(np.float32), size, size).astype(np.int32) // 4096 - 128)
+            smooth = resize(draws.bytes(points, points).astype(np.float32), size, size).astype(np.int32)
+            texture += share * (smooth // _STEPS**2 - 128)
         if number % 2:
             period, across, down = draws.between(size // 16, size // 4), draws.between(-8, 8), draws.between(-8, 8)
             wave = (x * across + y * down) // 8 % period

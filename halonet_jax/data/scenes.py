@@ -77,9 +77,8 @@ class DigitScenes:
         if label not in LABELS:
             raise DataError(f"digit scenes have no label {label!r}; use one of {', '.join(LABELS)}")
         self.class_names = tuple(classes) or _CLASSES
-        if unknown := [name for name in self.class_names if name not in _CLASSES] or len(set(self.class_names)) < len(classes):
-            what = f"has {unknown[0]!r}" if isinstance(unknown, list) else "names a digit twice"
-            raise DataError(f"classes={self.class_names} {what}; digit scenes have the classes {', '.join(_CLASSES)}")
+        if set(self.class_names) - set(_CLASSES) or len(set(self.class_names)) < len(self.class_names):
+            raise DataError(f"classes={self.class_names} must be different names of {', '.join(_CLASSES)}, such as ('3', '7')")
         chosen = np.isin(digits, [int(name) for name in self.class_names])
         self._scans, self.rows = ink[chosen].astype(np.float32), rows[chosen]
         self._of_class = [np.flatnonzero(digits[chosen] == int(name)).tolist() for name in self.class_names]
@@ -138,9 +137,9 @@ class DigitScenes:
         draws, hard, size = drawing.Draws(self._seed, self._stream, index), self._difficulty, self._size
         noise = draws.bytes(size, size, 3)
         label, digits = self._layout(draws)
-        base = draws.between(70, 185)
+        base = draws.between(60, 60 + 120 * hard // 100)
         image = self._background(draws, base, hard)
-        contrast = 150 - hard
+        contrast = 150 - 50 * hard // 100
         sides = [side for side in (-1, 1) if 0 <= base + side * contrast <= 255] or [1 if base < 128 else -1]
         level = base + draws.sample(sides, 1)[0] * contrast
         inks = []
@@ -151,7 +150,7 @@ class DigitScenes:
             inks.append(ink)
         if self._label == "left":
             self._frame(image, digits[0], level)
-        if amplitude := 60 * hard // 100:
+        if amplitude := 35 * hard // 100:
             image += ((noise.astype(np.int32) - 128) * amplitude) >> 7
         return np.clip(image, 0, 255).astype(np.uint8), label, digits, inks
 
@@ -162,15 +161,15 @@ class DigitScenes:
             layer, y, x = draws.below(_BANK), draws.below(size + 1), draws.below(size + 1)
             return bank[layer, y : y + size, x : x + size].astype(np.int32)
 
-        gray = base + ((cut(self._textures) * (20 + hard // 2) + cut(self._clutter) * hard) >> 7)
+        gray = base + ((cut(self._textures) * (20 + 25 * hard // 100) + cut(self._clutter) * (45 * hard // 100)) >> 7)
         return gray[..., None] + np.array([draws.between(-20, 20) for _ in range(3)], np.int32)
 
     def _frame(self, image, digit, level):
         """Marks a digit by a line around it."""
         top, left = max(0, digit.top - 1), max(0, digit.left - 1)
         bottom, right = min(self._size, digit.top + digit.height + 1), min(self._size, digit.left + digit.width + 1)
-        for place in (np.s_[top, left:right], np.s_[bottom - 1, left:right], np.s_[top:bottom, left], np.s_[top:bottom, right - 1]):
-            image[place] = level
+        image[[top, bottom - 1], left:right] = level
+        image[top:bottom, [left, right - 1]] = level
 
     def _layout(self, draws):
         """The label, and the digits in the order of drawing."""
@@ -185,7 +184,8 @@ class DigitScenes:
         others = [label for label in range(len(self._of_class)) if label != winner]
         # As few winners as the other classes leave, but at least a third, and two.
         copies = max(2, len(sizes) // 3, -(-(len(sizes) + len(others)) // (1 + len(others))))
-        labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies) if others else [winner] * len(sizes)
+        copies = copies if others else len(sizes)
+        labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies)
         return self._place(draws, draws.sample(labels, len(labels)), sorted(sizes, reverse=True))
 
     def _left(self, draws, winner):
@@ -199,9 +199,10 @@ class DigitScenes:
         top = framed.top + (framed.height - answer.height) // 2 + draws.between(-answer.height // 4, answer.height // 4)
         answer = answer._replace(top=min(max(top, 0), self._size - answer.height), left=framed.left - gap - answer.width)
         labels = [draws.below(len(self._of_class)) for _ in sizes]
+        # Others keep off the frame, and off its rows between it and the answer's far side.
         frame = framed._replace(
-            top=framed.top - 2, left=framed.left - 2, height=framed.height + 4, width=framed.width + 4
-        )  # keeps the line free
+            top=framed.top - 2, left=answer.left, height=framed.height + 4, width=answer.width + gap + framed.width + 2
+        )
         placed = self._place(draws, labels, sorted(sizes, reverse=True), (frame, answer))
         return placed and [framed, *placed[1:]]
 
@@ -213,8 +214,8 @@ class DigitScenes:
         return self._place(draws, labels, sizes)
 
     def _sizes(self, draws):
-        middle = self._size * 15 // 64
-        spread = middle * self._difficulty // 250
+        middle = self._size * (20 - 6 * self._difficulty // 100) // 64
+        spread = middle * self._difficulty // 300
         return [middle + draws.between(-spread, spread) for _ in range(3 + draws.below(1 + 6 * self._difficulty // 100))]
 
     def _digit(self, draws, label, size):

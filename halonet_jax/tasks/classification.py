@@ -129,7 +129,9 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
             "loss": jnp.where(mask, cross_entropy, 0).sum(),
         }
 
-    if config.model.freeze and (unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)):
+    if config.model.freeze and (
+        unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)
+    ):
         raise config_lib.ConfigError(
             f"model.freeze has {unmatched[0]!r}, which matches no parameter; patterns look like 'backbone/stage1_*', and "
             "models.create(...).init(...) shows all names"
