@@ -137,15 +137,15 @@ class DigitScenes:
         draws, hard, size = drawing.Draws(self._seed, self._stream, index), self._difficulty, self._size
         noise = draws.bytes(size, size, 3)
         label, digits = self._layout(draws)
-        base = draws.between(60, 60 + 120 * hard // 100)
+        base = draws.between(40, 40 + 140 * hard // 100)
         image = self._background(draws, base, hard)
-        contrast = 150 - 50 * hard // 100
+        contrast = 170 - 70 * hard // 100
         sides = [side for side in (-1, 1) if 0 <= base + side * contrast <= 255] or [1 if base < 128 else -1]
         level = base + draws.sample(sides, 1)[0] * contrast
-        inks = []
+        tint, inks = 30 * hard // 100, []
         for d in digits:
             ink = drawing.resize(self._scans[d.scan], d.height, d.width)
-            color = np.array([min(255, max(0, level + draws.between(-30, 30))) for _ in range(3)], np.int32)
+            color = np.array([min(255, max(0, level + draws.between(-tint, tint))) for _ in range(3)], np.int32)
             _paint(image, d, (ink.astype(np.int32) >> 8)[..., None], color)
             inks.append(ink)
         if self._label == "left":
@@ -161,8 +161,9 @@ class DigitScenes:
             layer, y, x = draws.below(_BANK), draws.below(size + 1), draws.below(size + 1)
             return bank[layer, y : y + size, x : x + size].astype(np.int32)
 
-        gray = base + ((cut(self._textures) * (20 + 25 * hard // 100) + cut(self._clutter) * (45 * hard // 100)) >> 7)
-        return gray[..., None] + np.array([draws.between(-20, 20) for _ in range(3)], np.int32)
+        gray = base + ((cut(self._textures) * (8 + 37 * hard // 100) + cut(self._clutter) * (45 * hard // 100)) >> 7)
+        tint = 20 * hard // 100
+        return gray[..., None] + np.array([draws.between(-tint, tint) for _ in range(3)], np.int32)
 
     def _frame(self, image, digit, level):
         """Marks a digit by a line around it."""
@@ -182,8 +183,10 @@ class DigitScenes:
     def _most(self, draws, winner):
         sizes = self._sizes(draws)
         others = [label for label in range(len(self._of_class)) if label != winner]
-        # As few winners as the other classes leave, but at least a third, and two.
-        copies = max(2, len(sizes) // 3, -(-(len(sizes) + len(others)) // (1 + len(others))))
+        # Three quarters are winners at first, a third in the end; at least two, and as many as the other classes leave.
+        copies = max(
+            2, len(sizes) * (75 - 42 * self._difficulty // 100) // 100, -(-(len(sizes) + len(others)) // (1 + len(others)))
+        )
         copies = copies if others else len(sizes)
         labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies)
         return self._place(draws, draws.sample(labels, len(labels)), sorted(sizes, reverse=True))
@@ -216,7 +219,7 @@ class DigitScenes:
     def _sizes(self, draws):
         middle = self._size * (20 - 6 * self._difficulty // 100) // 64
         spread = middle * self._difficulty // 300
-        return [middle + draws.between(-spread, spread) for _ in range(3 + draws.below(1 + 6 * self._difficulty // 100))]
+        return [middle + draws.between(-spread, spread) for _ in range(4 + draws.below(1 + 5 * self._difficulty // 100))]
 
     def _digit(self, draws, label, size):
         """A digit whose place is not known yet, up to a fifth narrower than high."""

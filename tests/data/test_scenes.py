@@ -15,9 +15,9 @@ from halonet_jax.data import scenes
 
 ROOT = Path(__file__).parents[2]
 HASHES = {
-    "most": "2f2f2e877d70820710a3cecae367701a3e965c8b2fb0a335c481aae09e77b7b5",
-    "left": "18aaed9e1537dd971e07e8dc8a7b5987e27eec25329e2588bc9211182eb76a96",
-    "largest": "d1e8aac6e2bbc7531fcd9c7cefbc43ae6c9c075d49922e68639566c72c008d5e",
+    "most": "9555fd800994da83fd3c88ccc9c753b3c87b3a420fdccd56869a5825049be926",
+    "left": "a03d54135b8065cd92b621cf89a93b3e36029ab861335ef1129cdc16fdc8c36a",
+    "largest": "d50eab5e661cf6b8aa46697c5daccb82341d5cc5e46d5a1c21ed8ca934e3dd5e",
 }
 
 
