@@ -1,40 +1,19 @@
 """Scenes of several scanned digits on a textured background, drawn on demand, with labels, boxes and masks."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from halonet_jax.data import drawing
 from halonet_jax.data.digits import scans
+from halonet_jax.data.layouts import LABELS, Layouts
 from halonet_jax.errors import DataError
 
-LABELS = ("most", "left", "largest")
 _CLASSES = tuple("0123456789")
 _STREAMS = {"train": 0, "test": 1}
 _BANK = 8  # textures and layers of clutter, each twice as wide as the canvas; a scene cuts its own place from one of each
 _MASK = int(0.35 * drawing.FULL)  # a pixel belongs to a digit if it has more ink
-_TRIES = 16  # places to try for a digit before the layout is drawn again
-
-
-class Digit(NamedTuple):
-    """A digit in a scene.
-
-    Attributes:
-        scan: number of its scan within the split.
-        label: its class.
-        top: first row, pixels.
-        left: first column, pixels.
-        height: pixels, with the scan's empty border.
-        width: likewise.
-    """
-
-    scan: int
-    label: int
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 class DigitScenes:
@@ -81,9 +60,10 @@ class DigitScenes:
             raise DataError(f"classes={self.class_names} must be different names of {', '.join(_CLASSES)}, such as ('3', '7')")
         chosen = np.isin(digits, [int(name) for name in self.class_names])
         self._scans, self.rows = ink[chosen].astype(np.float32), rows[chosen]
-        self._of_class = [np.flatnonzero(digits[chosen] == int(name)).tolist() for name in self.class_names]
-        self._split, self._stream, self._count, self._size, self._label = split, _STREAMS[split], count, size, label
-        self._difficulty, self._seed = round(100 * difficulty), seed
+        of_class = [np.flatnonzero(digits[chosen] == int(name)).tolist() for name in self.class_names]
+        self._split, self._stream, self._count, self._size = split, _STREAMS[split], count, size
+        self._difficulty, self._seed, self._framed = round(100 * difficulty), seed, label == "left"
+        self._layouts = Layouts(label, size, self._difficulty, of_class)
         draws = drawing.Draws(seed, 2 + self._stream, 0)
         self._textures = drawing.textures(draws, _BANK, 2 * size)
         self._clutter = drawing.clutter(draws, self._scans, _BANK, 2 * size)
@@ -136,7 +116,7 @@ class DigitScenes:
         """Image, label, digits and the ink of each."""
         draws, hard, size = drawing.Draws(self._seed, self._stream, index), self._difficulty, self._size
         noise = draws.bytes(size, size, 3)
-        label, digits = self._layout(draws)
+        label, digits = self._layouts.draw(draws)
         base = draws.between(40, 40 + 140 * hard // 100)
         image = self._background(draws, base, hard)
         contrast = 170 - 70 * hard // 100
@@ -148,7 +128,7 @@ class DigitScenes:
             color = np.array([min(255, max(0, level + draws.between(-tint, tint))) for _ in range(3)], np.int32)
             _paint(image, d, (ink.astype(np.int32) >> 8)[..., None], color)
             inks.append(ink)
-        if self._label == "left":
+        if self._framed:
             self._frame(image, digits[0], level)
         if amplitude := 35 * hard // 100:
             image += ((noise.astype(np.int32) - 128) * amplitude) >> 7
@@ -171,82 +151,6 @@ class DigitScenes:
         bottom, right = min(self._size, digit.top + digit.height + 1), min(self._size, digit.left + digit.width + 1)
         image[[top, bottom - 1], left:right] = level
         image[top:bottom, [left, right - 1]] = level
-
-    def _layout(self, draws):
-        """The label, and the digits in the order of drawing."""
-        winner, digits = draws.below(len(self._of_class)), []
-        layout = {"most": self._most, "left": self._left, "largest": self._largest}[self._label]
-        while not digits:  # a try that finds no room for a digit is given up
-            digits = layout(draws, winner)
-        return winner, digits
-
-    def _most(self, draws, winner):
-        sizes = self._sizes(draws)
-        others = [label for label in range(len(self._of_class)) if label != winner]
-        # Three quarters are winners at first, a third in the end; at least two, and as many as the other classes leave.
-        copies = max(
-            2, len(sizes) * (75 - 42 * self._difficulty // 100) // 100, -(-(len(sizes) + len(others)) // (1 + len(others)))
-        )
-        copies = copies if others else len(sizes)
-        labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies)
-        return self._place(draws, draws.sample(labels, len(labels)), sorted(sizes, reverse=True))
-
-    def _left(self, draws, winner):
-        size_of_framed, size_of_answer, *sizes = self._sizes(draws)
-        framed = self._digit(draws, draws.below(len(self._of_class)), size_of_framed)
-        answer, gap = self._digit(draws, winner, size_of_answer), draws.between(2, 3)
-        room = self._size - 2 - framed.width - answer.width - gap
-        framed = framed._replace(
-            top=draws.between(1, self._size - 1 - framed.height), left=draws.below(room + 1) + answer.width + gap
-        )
-        top = framed.top + (framed.height - answer.height) // 2 + draws.between(-answer.height // 4, answer.height // 4)
-        answer = answer._replace(top=min(max(top, 0), self._size - answer.height), left=framed.left - gap - answer.width)
-        labels = [draws.below(len(self._of_class)) for _ in sizes]
-        # Others keep off the frame, and off its rows between it and the answer's far side.
-        frame = framed._replace(
-            top=framed.top - 2, left=answer.left, height=framed.height + 4, width=answer.width + gap + framed.width + 2
-        )
-        placed = self._place(draws, labels, sorted(sizes, reverse=True), (frame, answer))
-        return placed and [framed, *placed[1:]]
-
-    def _largest(self, draws, winner):
-        least, most = self._size * 7 // 64, self._size * 28 // 64
-        largest = draws.between(least * 5 // 4 + 1, most)
-        sizes = [largest] + sorted((draws.between(least, largest * 4 // 5) for _ in range(draws.below(5))), reverse=True)
-        labels = [winner] + [draws.below(len(self._of_class)) for _ in sizes[1:]]
-        return self._place(draws, labels, sizes)
-
-    def _sizes(self, draws):
-        middle = self._size * (20 - 6 * self._difficulty // 100) // 64
-        spread = middle * self._difficulty // 300
-        return [middle + draws.between(-spread, spread) for _ in range(4 + draws.below(1 + 5 * self._difficulty // 100))]
-
-    def _digit(self, draws, label, size):
-        """A digit whose place is not known yet, up to a fifth narrower than high."""
-        scan = self._of_class[label][draws.below(len(self._of_class[label]))]
-        return Digit(scan, label, 0, 0, size, size - draws.below(1 + size // 5))
-
-    def _place(self, draws, labels, sizes, placed=()):
-        """Adds digits one by one where they overlap no other by more than a pixel; [] if there is no room."""
-        placed = list(placed)
-        for label, size in zip(labels, sizes):
-            digit = self._digit(draws, label, size)
-            for _ in range(_TRIES):
-                top, left = draws.below(self._size - digit.height + 1), draws.below(self._size - digit.width + 1)
-                digit = digit._replace(top=top, left=left)
-                if not any(_overlap(digit, other) for other in placed):
-                    placed.append(digit)
-                    break
-            else:
-                return []
-        return placed
-
-
-def _overlap(a, b):
-    return (
-        a.top + 1 < b.top + b.height and b.top + 1 < a.top + a.height
-        and a.left + 1 < b.left + b.width and b.left + 1 < a.left + a.width
-    )  # fmt: skip
 
 
 def _paint(image, digit, ink, color):
