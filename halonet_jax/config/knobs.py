@@ -160,7 +160,7 @@ DATA = (
     Knob("scene_label", "most", Choice(SCENE_LABELS), "", OURS,
          "label of a digit scene: the digit that occurs most often, the one left of the framed one, or the largest one"),
     Knob("scene_size", 64, Whole(48, 256), "pixels", OURS, "side of a digit scene's square canvas"),
-    Knob("scene_difficulty", 0.5, Real(0, 1), "", OURS,
+    Knob("scene_difficulty", 0.0, Real(0, 1), "", OURS,
          "more: more digits in a digit scene, of more different sizes, more clutter and noise, less contrast"),
     Knob("num_train_scenes", 20_000, Whole(1), "scenes", OURS, "number of digit scenes to train on"),
     Knob("num_eval_scenes", 2_000, Whole(1), "scenes", OURS, "number of digit scenes to evaluate on"),

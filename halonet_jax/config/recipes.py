@@ -140,7 +140,11 @@ def tiny(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         ConfigError: the model lists its blocks, as timm's do.
     """
     _shrink(config, 4, config.data.image_size // 4)
+    config.data.num_train_scenes = 5_120
+    config.batch_size, config.eval_batch_size = 32, 128  # small batches: more steps from the few scenes that a core can see
     config.num_epochs = 1.0
+    config.schedule.warmup_epochs = 0.1
+    config.ema_decay = 0.95
     return config
 
 
@@ -159,8 +163,11 @@ def small(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     _shrink(config, 2, 128)
     config.data.num_train_scenes = 50_000
     config.data.scene_size = 128
+    config.data.scene_difficulty = 0.5
+    config.batch_size = 128
     config.num_epochs = 30.0
-    config.ema_decay = 0.999
+    config.schedule.warmup_epochs = 1.0
+    config.ema_decay = 0.99
     return config
 
 
@@ -193,12 +200,10 @@ def _shrink(config, divisor, image_size):
     config.data.image_size = image_size
     config.data.randaugment_layers, config.data.randaugment_magnitude = layers, magnitude
     config.data.randaugment_ops = _SCENE_OPS if layers else ()
-    config.batch_size, config.eval_batch_size, config.max_steps = 64, 0, 0
-    config.ema_decay = 0.98
+    config.eval_batch_size, config.max_steps = 0, 0
     config.tensorboard = False
     config.log_every_steps, config.checkpoint_every_steps, config.eval_every_epochs = 50, 1000, 0.0
     config.optimizer = imagenet().optimizer.copy_and_resolve_references()
     config.optimizer.name, config.optimizer.weight_decay = "adamw", 0.01
     config.schedule = imagenet().schedule.copy_and_resolve_references()
     config.schedule.learning_rate, config.schedule.learning_rate_batch_size = 3e-3, 0
-    config.schedule.warmup_epochs = 0.1

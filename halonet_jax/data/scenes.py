@@ -49,7 +49,7 @@ class DigitScenes:
     """
 
     def __init__(
-        self, split: str, *, count: int, size: int = 64, label: str = "most", difficulty: float = 0.5, seed: int = 0,
+        self, split: str, *, count: int, size: int = 64, label: str = "most", difficulty: float = 0.0, seed: int = 0,
         classes: Sequence[str] = (), role: str = "eval_split", flag: Callable[[str], str] = "--config.{}".format,
     ):  # fmt: skip
         ink, digits, rows = scans(split, role, flag=flag, source="digit_scenes")

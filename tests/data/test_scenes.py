@@ -29,7 +29,7 @@ def opened():
     def make(split="train", **options):
         key = (split, *sorted(options.items()))
         if key not in cache:
-            cache[key] = data.DigitScenes(split, **{"count": 1000, "size": 48} | options)
+            cache[key] = data.DigitScenes(split, **{"count": 1000, "size": 48, "difficulty": 0.5} | options)
         return cache[key]
 
     return make
