@@ -10,7 +10,7 @@ import pytest
 from halonet_jax import config as config_lib
 from halonet_jax import data, models, tasks
 from halonet_jax.costs import floors
-from halonet_jax.models import timm
+from halonet_jax.models import timm, variants
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 
@@ -50,6 +50,25 @@ def test_smoke_recipe_forward_and_backward(name):
     assert np.isfinite(loss) and all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("argument, divisor", [("tiny", 4), ("small", 2)])
+@pytest.mark.parametrize("name", RECIPES)
+def test_shrunk_recipes_keep_their_shape(name, argument, divisor):
+    whole, config = load(name), load(name, argument)
+    config_lib.validate(config, device_count=1)
+    options = {key: value for key, value in config_lib.model_options(whole).items() if key in variants.DEFAULTS}
+    v, m = variants.resolve(whole.model.name, **options), config.model
+    for key in ("base_width", "stem_width", "final_width"):
+        assert m[key] == v[key] / divisor
+    assert all(heads == max(1, given // divisor) for heads, given in zip(m.num_heads, v["num_heads"]))
+    assert all(abs(depth - given / 3) <= 0.5 or depth == 1 for depth, given in zip(m.stage_sizes, v["stage_sizes"]))
+    assert abs(2 * m.block_size - v["block_size"]) <= 1 and 0 <= 2 * m.halo_size - v["halo_size"] <= 1
+    assert config.data.image_size == (whole.data.image_size // 4 if argument == "tiny" else 128)
+    assert config.data.source == "digit_scenes" and config.data.randaugment_layers == whole.data.randaugment_layers
+    assert config.label_smoothing == whole.label_smoothing
+    for key in ("name", "stochastic_depth_rate", "value_ratio", "expansion_ratio", "stem", "scan"):
+        assert m[key] == whole.model[key]
+
+
 BAD = (
     ("batch_size", 100, 8, "batch_size=100 does not divide over 8 devices; use 96 or 104"),
     ("eval_batch_size", 30, 4, "eval_batch_size=30 does not divide over 4 devices; use 28 or 32"),
@@ -78,6 +97,13 @@ def test_validation_names_value_rule_and_remedy(key, value, devices, message):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(config_lib.ConfigError, match=message):
         config_lib.validate(config, devices)
+
+
+def test_models_that_list_their_blocks_are_not_shrunk():
+    config = config_lib.imagenet()
+    config.model.name = timm_name = next(iter(timm.MODELS))
+    with pytest.raises(config_lib.ConfigError, match=f"model.name='{timm_name}' lists its blocks and cannot be shrunk"):
+        config_lib.with_argument(config, "tiny")
 
 
 def test_unknown_keys_and_recipes_fail():

@@ -204,7 +204,7 @@ def test_mistakes_in_the_config_are_told_in_one_line(mistake, tmp_path):
     (["--config=configs/digits.py"], "--workdir is missing"),
     (["--workdir=x"], "--config is missing"),
     (["--config=configs/none.py", "--workdir=x"], "No such file or directory: 'configs/none.py'"),
-    (["--config=configs/digits.py:smok", "--workdir=x"], "'smok' is unknown; write ':smoke' or nothing"),
+    (["--config=configs/digits.py:smok", "--workdir=x"], "'smok' is unknown; write ':smoke', ':tiny', ':small' or nothing"),
     (["--config=halonet_jax/errors.py", "--workdir=x"], "without get_config()"),
     (["--config=configs/digits.py", "--workdir=x", "stray"], "unknown argument 'stray'"),
     (["--config=configs/digits.py", "--workdir=x", "--batch_size=8"], "'batch_size'"),

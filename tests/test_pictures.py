@@ -52,3 +52,16 @@ def test_confusion_of_many_classes_names_the_most_frequent_errors(tmp_path):
         picture = cv2.imread(str(tmp_path / "c.png")).astype(int)
         orange = np.sum(picture[..., 2] - picture[..., 0] > 60)
         assert picture.shape[1] > 1000 and (orange > 1000) == matrix.any()
+
+
+def test_scenes_show_boxes_and_masks_in_colour(tmp_path):
+    """A gray image, so that colour is that of its object."""
+    image, mask = np.full((40, 40, 3), 90, np.uint8), np.zeros((1, 40, 40), bool)
+    mask[0, 10:30, 5:25] = True
+    objects = {"boxes": [(10, 5, 30, 25)], "masks": mask, "classes": [7]}
+    colored = []
+    for example in ({"image": image, "label": 3}, {"image": image, "label": 3, **objects}):
+        plots.scenes([("a row", [example, example])], tmp_path / "scenes.png")
+        pixels = cv2.imread(str(tmp_path / "scenes.png")).reshape(-1, 3).astype(int)
+        colored.append(np.mean(pixels[:, 0] - pixels[:, 2] > 60))
+    assert colored[0] == 0 and 0.1 < colored[1] < 0.4

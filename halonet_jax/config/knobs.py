@@ -26,7 +26,8 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
-SOURCES = ("tfds", "folder", "digits")
+SOURCES = ("tfds", "folder", "digits", "digit_scenes")
+SCENE_LABELS = ("most", "left", "largest")
 INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
@@ -163,6 +164,13 @@ DATA = (
     Knob("mean", (0.485, 0.456, 0.406), Tuple(Real(-1000, 1000), 3, 3), "", OPEN, "mean of red, green, blue in [0, 1]"),
     Knob("std", (0.229, 0.224, 0.225), Tuple(Real(1e-6, 1000), 3, 3), "", OPEN,
          "standard deviation of red, green, blue in [0, 1]"),
+    Knob("scene_label", "most", Choice(SCENE_LABELS), "", OURS,
+         "label of a digit scene: the digit that occurs most often, the one left of the framed one, or the largest one"),
+    Knob("scene_size", 64, Whole(48, 256), "pixels", OURS, "side of a digit scene's square canvas"),
+    Knob("scene_difficulty", 0.0, Real(0, 1), "", OURS,
+         "more: more digits in a digit scene, of more different sizes, more clutter and noise, less contrast"),
+    Knob("num_train_scenes", 20_000, Whole(1), "scenes", OURS, "number of digit scenes to train on"),
+    Knob("num_eval_scenes", 2_000, Whole(1), "scenes", OURS, "number of digit scenes to evaluate on"),
     Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS, "skip and count a corrupt image, or stop"),
     Knob("num_threads", 16, Whole(1, 4096), "threads", OURS, "threads for reading and decoding, in each process"),
     Knob("num_workers", 0, Whole(0, 4096), "processes", OURS,

@@ -17,6 +17,7 @@ from halonet_jax.data.images import (
 )
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.opening import open_source
+from halonet_jax.data.scenes import DigitScenes
 from halonet_jax.data.tfds import NotPrepared, TfdsSource
 from halonet_jax.errors import CorruptImage, DataError
 
@@ -24,6 +25,7 @@ __all__ = [
     "ClassificationTransform",
     "CorruptImage",
     "DataError",
+    "DigitScenes",
     "DigitsSource",
     "Field",
     "FileSource",

@@ -12,15 +12,46 @@ _TEST_SIZE = 360
 _SPLIT_SEED = 0
 
 
+def scans(
+    split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format, source: str = "digits"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns the scans of one split. The split is stratified and fixed: it is the same on every machine.
+
+    Args:
+        split: "train" (1,437 scans) or "test" (360).
+        role: the field of the config's `data` block that named `split`: "train_split" or "eval_split".
+        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
+        source: what the message calls the data.
+
+    Returns:
+        The scans, uint8 [n, 8, 8], ink from 0 to 16; their digits, int64 [n]; their rows among all 1,797, int64 [n].
+
+    Raises:
+        DataError: for another split; the message lists the two.
+    """
+    from sklearn import datasets, model_selection
+
+    digits = datasets.load_digits()
+    train, test = model_selection.train_test_split(
+        np.arange(len(digits.target)), test_size=_TEST_SIZE, random_state=_SPLIT_SEED, stratify=digits.target
+    )
+    splits = {"train": train, "test": test}
+    if split not in splits:
+        setting, best = flag(f"data.{role}") or f"data.{role}", "train" if role == "train_split" else "test"
+        raise DataError(f"{source} has no split {split!r}; its splits are {', '.join(splits)}: set {setting}={best}")
+    rows = np.sort(splits[split])
+    return digits.images[rows].astype(np.uint8), digits.target[rows], rows
+
+
 class DigitsSource:
     """Digits: `image` uint8 [8, 8, 3] and `label` int; splits "train" (1,437 images) and "test" (360).
 
-    The scans ship with scikit-learn. The split is stratified and fixed: it is the same on every machine.
+    The scans ship with scikit-learn; `scans` splits them.
 
     Args:
         split: "train" or "test".
-        role: the field of the config's `data` block that named `split`: "train_split" or "eval_split".
-        flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
+        role: as of `scans`.
+        flag: as of `scans`.
 
     Attributes:
         class_names: "0" to "9".
@@ -29,23 +60,13 @@ class DigitsSource:
         DataError: for another split; the message lists the two.
     """
 
-    def __init__(self, split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format):
-        from sklearn import datasets, model_selection
+    class_names = tuple("0123456789")
 
-        digits = datasets.load_digits()
-        train, test = model_selection.train_test_split(
-            np.arange(len(digits.target)), test_size=_TEST_SIZE, random_state=_SPLIT_SEED, stratify=digits.target
-        )
-        splits = {"train": train, "test": test}
-        if split not in splits:
-            setting, best = flag(f"data.{role}") or f"data.{role}", "train" if role == "train_split" else "test"
-            raise DataError(f"digits has no split {split!r}; its splits are {', '.join(splits)}: set {setting}={best}")
-        rows = np.sort(splits[split])
-        gray = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], scanned as 0..16
+    def __init__(self, split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format):
+        ink, self._labels, _ = scans(split, role, flag=flag)
+        gray = np.round(ink * (255 / 16)).astype(np.uint8)
         self._images = np.repeat(gray[..., None], 3, axis=-1)
-        self._labels = digits.target[rows]
         self._split = split
-        self.class_names = tuple(str(c) for c in digits.target_names)
 
     @property
     def num_classes(self) -> int:

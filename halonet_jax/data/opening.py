@@ -1,14 +1,15 @@
-"""Opens the configured data set: TFDS array_record files, an image folder, or scikit-learn's digits."""
+"""Opens the configured data set: TFDS array_record files, an image folder, scikit-learn's digits, or scenes of them."""
 
 from collections.abc import Callable, Sequence
 
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Source
 from halonet_jax.data.folder import FolderSource
+from halonet_jax.data.scenes import DigitScenes
 from halonet_jax.data.tfds import TfdsSource
 from halonet_jax.errors import DataError
 
-SOURCES = ("tfds", "folder", "digits")
+SOURCES = ("tfds", "folder", "digits", "digit_scenes")
 
 
 def open_source(
@@ -22,7 +23,7 @@ def open_source(
     """Opens one split of the configured data set; nothing is ever downloaded.
 
     Args:
-        data_config: the config's `data` block; `source`, `name`, `dir`, `train_split` and `label_key` are read.
+        data_config: the config's `data` block; what its source needs is read.
         split: "train", "validation", ...; with TFDS also a slice such as "train[:90%]".
         class_names: the classes that labels must mean, such as those of a checkpoint. None: those of the data set
             itself. With them, an image folder does not need its train split.
@@ -48,6 +49,12 @@ def open_source(
         return FolderSource(data_config.dir, split, data_config.train_split, role, class_names=class_names, flag=flag)
     if data_config.source == "digits":
         source = DigitsSource(split, role, flag=flag)
+    elif data_config.source == "digit_scenes":
+        c = data_config
+        source = DigitScenes(
+            split, count=c.num_train_scenes if split == "train" else c.num_eval_scenes, size=c.scene_size, label=c.scene_label,
+            difficulty=c.scene_difficulty, role=role, flag=flag,
+        )  # fmt: skip
     elif data_config.source == "tfds":
         source = TfdsSource(data_config.name, data_config.dir, split, role, data_config.label_key, flag=flag)
         if source.multi_label and not multi_label:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from halonet_jax.runtime import reporting
@@ -147,6 +148,32 @@ def attention(image: Any, rows: Sequence[Sequence[AttentionPanel | None]], title
         _samples(), names, loc="outside lower center", ncols=4, frameon=False, labelcolor=INK, fontsize=9, handlelength=1.8,
         handleheight=1.2,
     )  # fmt: skip
+    save(figure, path)
+
+
+def scenes(rows: Sequence[tuple[str, Sequence[dict[str, Any]]]], path: str | epath.Path) -> None:
+    """Draws examples, with boxes and masks where there are any, and writes a PNG.
+
+    Args:
+        rows: a title and equally many examples for each row. An example has `image`, uint8 `[H, W, 3]`, and `label`; and
+            `boxes`, `[n, 4]` as (top, left, bottom, right) in pixels, `masks`, bool `[n, H, W]`, and `classes`, `[n]`, if
+            they shall be drawn.
+        path: of the PNG.
+    """
+    columns = len(rows[0][1])
+    figure, axes = new_figure(len(rows), columns, figsize=(1.5 * columns, 1.75 * len(rows)), squeeze=False)
+    for row, (title, examples) in zip(axes, rows):
+        row[0].set_ylabel(title, color=INK, fontsize=10)
+        for a, example in zip(row, examples):
+            image = example["image"].copy()
+            for number, mask in enumerate(example.get("masks", ())):
+                color = [int(COLORS[number % len(COLORS)][at : at + 2], 16) for at in (1, 3, 5)]
+                image[mask] = image[mask] // 3 + (2 * np.array(color) // 3).astype(np.uint8)
+            _show(a, image, "" if "boxes" in example else str(example["label"]))
+            for number, (box, label) in enumerate(zip(example.get("boxes", ()), example.get("classes", ()))):
+                color = COLORS[number % len(COLORS)]
+                a.add_patch(_rectangle(box, fill=False, edgecolor=color, linewidth=1.2))
+                a.text(box[1], box[0], str(label), color="white", fontsize=7, va="bottom", bbox={"color": color, "pad": 0.6})
     save(figure, path)
 
 

@@ -15,7 +15,7 @@ from halonet_jax.tasks import adapting, mixing, scoring
 from halonet_jax.training.task import Task
 
 # For compile checks. Other sources count as ImageNet.
-_NUM_CLASSES = {"imagenet2012": 1000, "digits": 10}
+_NUM_CLASSES = {"imagenet2012": 1000, "digits": 10, "digit_scenes": 10}
 
 
 def open_source(config: ml_collections.ConfigDict, split: str, **options) -> data.Source:
