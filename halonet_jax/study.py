@@ -7,9 +7,11 @@ The same command goes on where the last one stopped, on one machine or on severa
 describes studies and their reports.
 """
 
-import functools
 import json
 import sys
+import threading
+import time
+from collections.abc import Sequence
 
 import jax
 from absl import flags
@@ -19,6 +21,8 @@ from halonet_jax.errors import ConfigError
 from halonet_jax.runtime import storage
 from halonet_jax.studies import devices, launch, measuring, plan, report, results, spec
 from halonet_jax.studies.runner import Runner
+
+PICTURE_EVERY = 30.0  # seconds
 
 
 def define_flags() -> None:
@@ -36,8 +40,12 @@ def define_flags() -> None:
     flags.DEFINE_string("topology", "", "With --measure=speed: figures of TPU's compiler for this slice, such as v5e:4x4.")
 
 
-def main() -> int:
-    """Runs the command and returns its exit code."""
+def main(train: Sequence[str] = plan.TRAIN) -> int:
+    """Runs the command and returns its exit code.
+
+    Args:
+        train: the training command, without its flags.
+    """
     f = flags.FLAGS
     jax.config.update("jax_platforms", "cpu")  # of this process alone: the devices are for the runs
     study = spec.load(f.study)
@@ -58,8 +66,21 @@ def main() -> int:
         return max(code, bool(made.broken))
     if "://" in str(made.out):
         raise ConfigError(f"--out={made.out}: runs on this machine need a local or network folder; give one, or --launch=pod")
-    runner = Runner(made, runs, f.jobs, changed=functools.partial(report.write, made), environments=devices.share(f.jobs))
+    runner = Runner(made, runs, f.jobs, changed=_Reports(made), train=train, environments=devices.share(f.jobs))
     return _finish(made, runner.run())
+
+
+class _Reports:
+    """Writes the report after a run. The picture takes seconds, so it is drawn at most every half minute, and at the end."""
+
+    def __init__(self, made):
+        self._plan, self._drawn, self._lock = made, time.monotonic(), threading.Lock()
+
+    def __call__(self):
+        with self._lock:
+            due = time.monotonic() - self._drawn > PICTURE_EVERY
+            report.write(self._plan, picture=due)
+            self._drawn = time.monotonic() if due else self._drawn
 
 
 def _open(made):

@@ -3,7 +3,9 @@
 It is drawn on a card of its own, so that it reads on white and on dark pages. Groups differ by shape as well as by colour.
 """
 
+import functools
 import io
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,9 +14,9 @@ from halonet_jax.studies.spec import Study
 
 _MARKERS = "osD^vPX*"
 _AXES = {
-    "parameters": ("parameters, millions", 1e6), "multiply_adds": ("multiply-adds of one image, billions", 1e9),
-    "images_per_second": ("images per second in training", 1.0),
+    "parameters": "parameters", "multiply_adds": "multiply-adds of one image", "images_per_second": "images per second in training",
 }  # fmt: skip
+_UNITS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1.0, ""))
 _OFFSETS = ((9, 0), (-9, 0), (0, 10), (0, -10), (8, 9), (-8, 9), (8, -9), (-8, -9), (0, 20), (0, -20), (14, 18), (-14, -18))
 PAPER, PAPER_ELSEWHERE = "paper", "paper, on ImageNet"
 
@@ -48,11 +50,16 @@ def draw(study: Study, scale: str, lines: Sequence[Any]) -> dict[str, bytes]:
         for panel in panels:
             _style(panel)
         paint = _bars if bars else _scatter
-        paint(panels[0], study, lines, ours=True, paper=published and not apart)
+        finish = [paint(panels[0], study, lines, ours=True, paper=published and not apart)]
         if apart:
-            paint(panels[1], study, lines, ours=False, paper=True)
+            finish.append(paint(panels[1], study, lines, ours=False, paper=True))
         for panel, title in zip(panels, (f"ours, {scale} scale", PAPER_ELSEWHERE)):
             panel.set_title(title, color=MUTED, fontsize=10, loc="left")
+        _legend(panels[0], lines)
+        figure.draw_without_rendering()  # fixes the layout, by which names find a free place
+        figure.set_layout_engine("none")
+        for label in filter(None, finish):
+            label()
         files = {}
         for extension, extra in (("png", {"metadata": {"Software": None}, "dpi": 130}), ("svg", {"metadata": {"Date": None}})):
             content = io.BytesIO()
@@ -66,12 +73,12 @@ def _style(panel):
     panel.set_facecolor(SURFACE)
     panel.grid(color=GRID, linewidth=0.8)
     panel.set_axisbelow(True)
-    panel.tick_params(colors=MUTED, length=0)
+    panel.tick_params(which="both", colors=MUTED, length=0)
     for spine in panel.spines.values():
         spine.set_visible(False)
 
 
-def _looks(study, lines):
+def _looks(lines):
     """Colour and marker of each line, by its group."""
     groups = list(dict.fromkeys(line.row.group for line in lines))
     return [
@@ -80,13 +87,22 @@ def _looks(study, lines):
     ]
 
 
+def _legend(panel, lines):
+    """Names the groups, where there are several."""
+    groups = {line.row.group: look for line, look in zip(lines, _looks(lines))}
+    if len(groups) > 1:
+        for group, (color, marker) in groups.items():
+            panel.plot([], [], marker, color=color, markersize=8, label=group or "others")
+        panel.legend(frameon=False, labelcolor=INK, loc="lower right", fontsize=9)
+
+
 def _name(study):
     return "top-1, %" if study.metric == "top1" else f"{study.metric.replace('_', ' ')}, %"
 
 
 def _bars(panel, study, lines, ours, paper):
     """One line for each row. Marks, not bars: the axis does not start at zero."""
-    for y, (line, (color, marker)) in enumerate(zip(lines, _looks(study, lines))):
+    for y, (line, (color, marker)) in enumerate(zip(lines, _looks(lines))):
         scores = line.scores
         if ours and scores.mean is not None:
             panel.scatter(scores.values, [y] * len(scores.values), s=14, color=color, alpha=0.45, linewidth=0)
@@ -106,36 +122,41 @@ def _bars(panel, study, lines, ours, paper):
 
 
 def _scatter(panel, study, lines, ours, paper):
-    title, unit = _AXES[study.plot.x]
-    points, labels = [], []
-    for line, (color, marker) in zip(lines, _looks(study, lines)):
-        x, scores, published = getattr(line, study.plot.x), line.scores, line.row.published
-        if x is None:
+    values = [getattr(line, study.plot.x) for line in lines]
+    unit, word = next((u for u in _UNITS if u[0] <= max(filter(None, values), default=1.0)), _UNITS[-1])
+    points, labels, obstacles = [], [], []
+    for line, value, (color, marker) in zip(lines, values, _looks(lines)):
+        scores, published, at = line.scores, line.row.published, []
+        if value is None:
             continue
-        x, at = x / unit, []
+        x = value / unit
         if ours and scores.mean is not None:
             panel.errorbar(x, scores.mean, yerr=scores.spread, fmt=marker, color=color, markersize=8, capsize=4, elinewidth=1.6)
             points.append((x, scores.mean))
             at.append(scores.mean)
+            spread = scores.spread or 0.0
+            obstacles += [(x, scores.mean + spread * step / 5) for step in range(-5, 6)]
         if paper and published is not None:
             panel.plot(x, published, marker, markerfacecolor="none", markeredgecolor=INK, markersize=9, markeredgewidth=1.5)
             at.append(published)
-        if at:
-            labels.append((x, at[0], line.row.label))
+        obstacles += [(x, y) for y in at]
+        labels += [(x, at[0], line.row.label)] if at else []
     if study.plot.log_x:
         panel.set_xscale("log")
         _plain_ticks(panel, [x for x, _, _ in labels])
-    if ours and study.plot.front:
-        panel.plot(
-            *zip(*_front(points, more=study.plot.x == "images_per_second")), color=MUTED, linewidth=1.2, zorder=1
-        ) if points else None
-    panel.set_xlabel(title, color=MUTED)
+    if points and study.plot.front:
+        front = _front(points, more=study.plot.x == "images_per_second")
+        panel.plot(*zip(*front), color=MUTED, linewidth=1.2, zorder=1)
+        for (x0, y0), (x1, y1) in itertools.pairwise(front):
+            obstacles += [(x0 + (x1 - x0) * step / 20, y0 + (y1 - y0) * step / 20) for step in range(21)]
+    panel.set_xlabel(f"{_AXES[study.plot.x]}{', ' if word else ''}{word}", color=MUTED)
     if ours:
         panel.set_ylabel(_name(study) + (f"; hollow: {PAPER}" if paper else ""), color=MUTED)
     panel.margins(0.14)
     if not labels:
         panel.text(0.5, 0.5, "nothing is done yet", transform=panel.transAxes, color=MUTED, ha="center", style="italic")
-    _label(panel, labels)
+        panel.set(xticks=[], yticks=[])
+    return functools.partial(_label, panel, labels, obstacles)
 
 
 def _front(points, more):
@@ -160,32 +181,27 @@ def _plain_ticks(panel, values):
         panel.xaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _label(panel, labels):
-    """Writes names beside points, each at the first place where it meets no other name and no point."""
-    figure = panel.figure
-    figure.draw_without_rendering()
-    renderer = figure.canvas.get_renderer()
+def _label(panel, labels, obstacles):
+    """Writes names beside points, each at the place where it meets the fewest names, marks and lines."""
+    renderer = panel.figure.canvas.get_renderer()
     frame = panel.get_window_extent(renderer)
-    dots = [panel.transData.transform((x, y)) for x, y, _ in labels]
+    dots = panel.transData.transform(obstacles) if obstacles else []
     taken = []
     for x, y, name in labels:
-        best = None
+        tried = []
         for dx, dy in _OFFSETS:
             ha = "left" if dx > 0 else "right" if dx < 0 else "center"
             va = "bottom" if dy > 0 else "top" if dy < 0 else "center"
-            text = panel.annotate(
-                name, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, color=INK, fontsize=8.5, annotation_clip=False
-            )
-            box = text.get_window_extent(renderer)
-            meets = sum(box.overlaps(other) for other in taken) + sum(box.padded(3).contains(*dot) for dot in dots)
+            text = panel.annotate(name, (x, y), (dx, dy), textcoords="offset points", ha=ha, va=va, color=INK, fontsize=8.5)
+            box = text.get_window_extent(renderer).padded(1)
+            meets = 5 * sum(box.overlaps(other) for other in taken) + sum(box.contains(*dot) for dot in dots)
             outside = box.x0 < frame.x0 or box.x1 > frame.x1 or box.y0 < frame.y0 or box.y1 > frame.y1
-            cost = 2 * meets + outside
-            if best is None or cost < best[0]:
-                if best:
-                    best[1].remove()
-                best = (cost, text, box)
-            else:
-                text.remove()
-            if not cost:
+            tried.append((meets + 5 * outside, text, box))
+            if not tried[-1][0]:
                 break
+        best = min(tried, key=lambda each: each[0])
+        for _, text, _ in tried:
+            if text is not best[1]:
+                text.remove()
+        best[1].set_in_layout(False)
         taken.append(best[2])

@@ -63,7 +63,8 @@ class Clock:
         count = lambda *names: sum(state in names for state in states.values())
         left = self._seconds_left([run for run, state in states.items() if state not in ("done", "failed")])
         eta = "" if not count("waiting", "running", "elsewhere") else f", ETA {'unknown' if left is None else show(left)}"
-        return f"[{count('done')} of {len(states)} done, {count('running', 'elsewhere')} running, {count('failed')} failed{eta}] {event}"
+        numbers = f"{count('done')} of {len(states)} done, {count('running', 'elsewhere')} running, {count('failed')} failed"
+        return f"[{numbers}{eta}] {event}"
 
     def _seconds_left(self, left):
         """By finished runs, those of the same row first, and by the progress of those that run; None where it is unknown."""

@@ -12,7 +12,7 @@ from typing import Any
 from halonet_jax.errors import ConfigError
 
 # Scale: what follows a recipe's file name.
-SUFFIXES = {"tiny": ":smoke", "small": ":small", "imagenet": ""}
+SUFFIXES = {"tiny": ":tiny", "small": ":small", "imagenet": ""}
 AXES = ("parameters", "multiply_adds", "images_per_second")
 
 
