@@ -22,6 +22,7 @@ RULES = {
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
+    "studies": ({"errors", "config", "models", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
@@ -32,6 +33,7 @@ RULES = {
         {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
     ),
     "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
+    "study": ({"errors", "runtime", "studies", "command_line"}, ANY_LIBRARY),
     "summary": ({"errors", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),
 }

@@ -335,11 +335,11 @@ def test_cores_are_shared_out(monkeypatch):
 
 
 def test_real_study(tmp_path):
-    """Two rows of real training; the config that a run sees is the one that was checked."""
+    """Two rows of real training, of the same programs; the config that a run sees is the one that was checked."""
     small = TINY | {"num_epochs": 1.0, "max_steps": 2, "eval_batch_size": 360, "model.final_width": 0}
     (tmp_path / "a.py").write_text(
         "from halonet_jax.studies import Row, Study\n"
-        f"SMALL = {small}\nROWS = (Row('h 1', {DIGITS!r}, SMALL), Row('h 0', {DIGITS!r}, SMALL | {{'model.halo_size': 0}}))\n"
+        f"SMALL = {small}\nROWS = (Row('h 1', {DIGITS!r}, SMALL), Row('no crop', {DIGITS!r}, SMALL | {{'data.crop_scale': (1.0, 1.0)}}))\n"
         "STUDY = Study('Real', rows=ROWS)\n"
     )
     arguments = [f"--study={tmp_path}/a.py", "--scale=imagenet", f"--out={tmp_path}/out"]

@@ -98,24 +98,31 @@ def pod(plan: Plan, runs: Sequence[Run], arguments: str, yes: bool) -> int:
         )
     given = shlex.split(arguments) or ["--name=NAME", "--zone=ZONE", "--accelerator-type=TYPE"]
     code = 0
-    for run in runs if not yes else _ready(runs, in_order=True):
-        if results.result(run):
-            continue
+    for run in sorted((run for run in runs if not results.result(run)), key=_depth):
         command = [str(SCRIPTS / "pod.sh"), "resume", *given, "--", *run.arguments]
         print(f"# {run.name}\n{shlex.join(command)}", flush=True)
-        if yes:
-            done = subprocess.run(command, check=False)
-            results.harvest([run])
-            if done.returncode:
-                print(f"failed: {run.name}: exit code {done.returncode}", flush=True)
-                code = 1
+        if not yes:
+            continue
+        if run.parent and not results.result(run.parent):
+            print(f"failed: {run.name}: it starts from {run.parent.name}, which is not done", flush=True)
+            code = 1
+            continue
+        done = subprocess.run(command, check=False)
+        results.harvest([run])
+        if done.returncode:
+            print(f"failed: {run.name}: exit code {done.returncode}", flush=True)
+            code = 1
     return code
 
 
-def _ready(runs, in_order=False):
-    """The runs that are not done and whose parents are; where they run in order, also those whose parents come before."""
+def _depth(run):
+    return 0 if run.parent is None else 1 + _depth(run.parent)
+
+
+def _ready(runs):
+    """The runs that are not done and whose parents are."""
     left = [run for run in runs if not results.result(run)]
-    ready = [run for run in left if run.parent is None or results.result(run.parent) or (in_order and run.parent in left)]
+    ready = [run for run in left if run.parent is None or results.result(run.parent)]
     if len(ready) < len(left):
         print(
             f"{len(left) - len(ready)} runs start from runs that are not done: give the same command again after them",
@@ -123,4 +130,4 @@ def _ready(runs, in_order=False):
         )
     if not left:
         print("all runs are done", flush=True)
-    return sorted(ready, key=lambda run: run.parent in left)
+    return ready

@@ -208,27 +208,31 @@ def _faults(plan, lines, found):
 
 
 def _times(plan, lines, found):
-    speed = any(line.speed for line in lines)
+    speed, paper = any(line.speed for line in lines), any(line.row.published_speed is not None for line in lines)
     head = ["row", "images/s in training"]
-    head += ["inference, ms/image", "training step, ms/image", "measured on", "paper's speed"] if speed else []
-    table = [[line.row.label, _rate(line.images_per_second), *(_speed_cells(line) if speed else [])] for line in lines]
-    runs = [_run_record(run, found[run]) for run in plan.runs if found[run]]
-    shown = [
-        [label, str(seed), _rate(rate), f"{count} × {device}", str(cores or DASH), str(commit or DASH), finished]
-        for label, seed, rate, _, device, count, cores, commit, _, finished in runs
-    ]
+    head += ["inference, ms/image", "training step, ms/image", "measured on", "batch"] if speed else []
+    head += ["paper's speed"] if paper else []
+    table = []
+    for line in lines:
+        published = line.row.published_speed
+        more = [DASH if published is None else str(published)] if paper else []
+        table.append([line.row.label, _rate(line.images_per_second), *(_speed_cells(line.speed) if speed else []), *more])
     parts = [_table(head, table)]
-    if shown:
+    runs = [_run_record(run, found[run]) for run in plan.runs if found[run]]
+    if runs:
+        shown = [
+            [label, str(seed), _rate(rate), f"{count} × {device}", str(cores or DASH), str(commit or DASH), finished]
+            for label, seed, rate, _, device, count, cores, commit, _, finished in runs
+        ]
         parts.append(_table(["row", "seed", "images/s", "devices", "cores", "commit", "finished"], shown))
         parts.append("Versions: " + "; ".join(sorted({record[8] for record in runs})))
     return parts
 
 
-def _speed_cells(line):
-    speed, published = line.speed, line.row.published_speed
+def _speed_cells(speed):
     milliseconds = lambda key: DASH if speed.get(key) is None else f"{1e3 * speed[key]:.3g}"
-    shown = [milliseconds("inference_seconds_per_image"), milliseconds("train_seconds_per_image"), speed.get("device", DASH)]
-    return [*shown, DASH if published is None else str(published)]
+    about = [str(speed.get(key, DASH)) for key in ("device", "batch_size")]
+    return [milliseconds("inference_seconds_per_image"), milliseconds("train_seconds_per_image"), *about]
 
 
 def _millions(value):
