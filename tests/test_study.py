@@ -13,7 +13,7 @@ from entries import ROOT, TINY, command, environment, run
 
 from halonet_jax import config as config_lib
 from halonet_jax import errors
-from halonet_jax.studies import Plot, Row, Study, devices, launch, pictures, plan, report, results, spec
+from halonet_jax.studies import Plot, Row, Study, devices, launch, measuring, pictures, plan, report, results, runner, spec
 from halonet_jax.studies.runner import Runner
 
 FAKE = (sys.executable, str(ROOT / "tests" / "fake_train.py"))
@@ -285,6 +285,25 @@ def test_report_of_nothing(file, tmp_path, monkeypatch):
     assert "- b 4, h 1, seed 1: not done" in text
 
 
+def test_speed_beside_the_paper(tmp_path, monkeypatch, capsys):
+    study = Study("A study", rows=(Row("one", DIGITS, published_speed="1.9 × B7"), Row("two", DIGITS)), seeds=(0, 1))
+    found = made(study, tmp_path)
+    about = {"device": "1 × X", "batch_size": 8, "inference_seconds_per_image": 0.001, "train_seconds_per_image": 0.0042}
+
+    def by_clock(run):
+        if run.row.label == "two":
+            raise RuntimeError("out of\nmemory")
+        return about
+
+    monkeypatch.setattr(measuring, "by_clock", by_clock)
+    assert measuring.measure(found, found.runs, "") == 1
+    assert capsys.readouterr().out.splitlines() == [
+        "one: inference 1 ms/image, training step 4.2 ms/image on 1 × X, batch 8", "failed: two: out of memory",
+    ]  # fmt: skip
+    report.write(found, picture=False)
+    assert "| one | – | 1 | 4.2 | 1 × X | 8 | 1.9 × B7 |" in (tmp_path / "report.md").read_text()
+
+
 # --- clusters
 
 
@@ -329,6 +348,15 @@ def test_cores_are_shared_out(monkeypatch):
     assert cores[0] and cores[1] and not cores[0] & cores[1]
     with pytest.raises(errors.ConfigError, match="CPU cores of this machine; use at most"):
         devices.share(4096)
+    core = cores[1].pop()
+    see = (sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
+    done = subprocess.run([sys.executable, "-I", runner.LAUNCHER, str(os.getpid()), core, *see], capture_output=True, text=True)
+    assert done.stdout == f"{{{core}}}\n"
+
+
+def test_launcher_without_a_parent():
+    done = subprocess.run([sys.executable, "-I", runner.LAUNCHER, "1", "-", "false"])
+    assert done.returncode == 75
 
 
 # --- the command
@@ -339,7 +367,8 @@ def test_real_study(tmp_path):
     small = TINY | {"num_epochs": 1.0, "max_steps": 2, "eval_batch_size": 360, "model.final_width": 0}
     (tmp_path / "a.py").write_text(
         "from halonet_jax.studies import Row, Study\n"
-        f"SMALL = {small}\nROWS = (Row('h 1', {DIGITS!r}, SMALL), Row('no crop', {DIGITS!r}, SMALL | {{'data.crop_scale': (1.0, 1.0)}}))\n"
+        f"SMALL, RECIPE = {small}, {DIGITS!r}\n"
+        "ROWS = (Row('crop', RECIPE, SMALL), Row('no crop', RECIPE, SMALL | {'data.crop_scale': (1.0, 1.0)}))\n"
         "STUDY = Study('Real', rows=ROWS)\n"
     )
     arguments = [f"--study={tmp_path}/a.py", "--scale=imagenet", f"--out={tmp_path}/out"]
@@ -350,7 +379,7 @@ def test_real_study(tmp_path):
         seen = config_lib.from_json((each.workdir / "config.json").read_bytes())
         assert config_lib.differences(seen, each.config) == []
     row = (tmp_path / "out" / "report.csv").read_text().splitlines()[1].split(",")
-    assert row[:3] == ["h 1", "1", "1"] and 0 <= float(row[3]) <= 100 and int(row[6]) > 1000
+    assert row[:3] == ["crop", "1", "1"] and 0 <= float(row[3]) <= 100 and int(row[6]) > 1000
 
 
 def test_mistakes_of_the_command(file, tmp_path):

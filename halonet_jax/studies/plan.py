@@ -17,6 +17,7 @@ from etils import epath
 
 from halonet_jax import config as config_lib
 from halonet_jax.errors import ConfigError
+from halonet_jax.runtime import storage
 from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.studies import spec
 from halonet_jax.studies.spec import Row, Study
@@ -204,7 +205,14 @@ def _text(value: Any) -> str:
 
 def _check_folder(folder, study, scale):
     path = folder / "study.json"
-    if path.exists():
+    try:
+        exists = path.exists()
+    except Exception as error:  # of the store's library, as where the network or the right to read is missing
+        text = storage.reason(error)
+        raise ConfigError(
+            f"--out={folder} cannot be read ({text}); see that this machine may read it, or give another --out"
+        ) from None
+    if exists:
         try:
             there = json.loads(path.read_text())
             title, other = there["title"], there["scale"]
