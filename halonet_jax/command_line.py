@@ -29,7 +29,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("peer_timeout", distributed.PEER_TIMEOUT, help_text, 1)
 
 
-def run(main: Callable[..., int | None], required_flags: tuple[str, ...] = (), positional: str = "") -> None:
+def run(
+    main: Callable[..., int | None], required_flags: tuple[str, ...] = (), positional: str = "", alone: bool = False
+) -> None:
     """Parses flags, runs `main` and exits with its code. After a failure it exits with a code of `runtime.stopping`.
 
     Args:
@@ -38,8 +40,10 @@ def run(main: Callable[..., int | None], required_flags: tuple[str, ...] = (), p
         required_flags: names of the flags that must be given.
         positional: what the arguments that are no flags name, such as "image files or folders"; at least one must be given,
             before, after or between flags. "": the entry takes none.
+        alone: the entry is one process by itself, even on a cluster: it does not join others.
     """
-    define_flags()
+    if not alone:
+        define_flags()
 
     def guarded(argv):
         if not flags.FLAGS["verbosity"].present:
@@ -47,7 +51,8 @@ def run(main: Callable[..., int | None], required_flags: tuple[str, ...] = (), p
             logging.get_absl_handler().setFormatter(python_logging.Formatter("%(levelname)s: %(message)s"))
             _quiet_orbax()
         f = flags.FLAGS
-        distributed.initialize(f.coordinator_address, f.num_processes, f.process_id, f.peer_timeout)
+        if not alone:
+            distributed.initialize(f.coordinator_address, f.num_processes, f.process_id, f.peer_timeout)
         return main(argv[1:]) if positional else main()
 
     code = 0

@@ -9,6 +9,10 @@ class ConfigError(UserError):
     """The config cannot run."""
 
 
+class WorkdirInUse(ConfigError):
+    """Another run holds the workdir."""
+
+
 class DataError(UserError):
     """The data cannot be used as requested."""
 

@@ -147,7 +147,7 @@ def prepare(
     start_step = int(state.step)
 
     if is_writer:  # Only now: a config that does not fit the checkpoint leaves the workdir as it was.
-        workdir_lib.record_run(config, workdir)
+        workdir_lib.record_run(config, workdir, last_step)
         _print_start(config, state, len(train_source), metadata, start_step, last_step, program)
     reporter = reporting.Reporter(
         workdir, start_step=start_step, last_step=last_step, batch_size=config.batch_size, enabled=is_writer,

@@ -23,6 +23,7 @@ RULES = {
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
     "evaluating": ({"errors", "config", "data", "runtime", "training", "tasks", "weights", "exporting"}, ANY_LIBRARY),
+    "studies": ({"errors", "config", "models", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
@@ -31,6 +32,7 @@ RULES = {
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
     "evaluate": ({"errors", "runtime", "tasks", "command_line", "exporting", "evaluating"}, ANY_LIBRARY),
     "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
+    "study": ({"errors", "runtime", "studies", "command_line"}, ANY_LIBRARY),
     "summary": ({"errors", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),
 }

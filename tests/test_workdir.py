@@ -101,9 +101,9 @@ def test_damaged_config(content, workdir, caplog):
     assert content == "link" or "cannot be compared with this workdir's last run" in caplog.text
     if content is None:
         with pytest.raises(errors.StorageError, match="move away what is in its place"):
-            workdir_lib.record_run(config(8), mine)
+            workdir_lib.record_run(config(8), mine, 1)
     else:
-        workdir_lib.record_run(config(8), mine)
+        workdir_lib.record_run(config(8), mine, 1)
         assert json.loads((workdir / "config.json").read_text())["max_steps"] == 8
 
 

@@ -22,7 +22,7 @@ import jax
 from absl import logging
 from etils import epath
 
-from halonet_jax.errors import ConfigError, Stopped, StorageError
+from halonet_jax.errors import ConfigError, Stopped, StorageError, WorkdirInUse
 from halonet_jax.runtime import distributed, storage
 
 HEARTBEAT = 60.0  # seconds between renewals
@@ -86,7 +86,8 @@ class Lease:
             waiting: called about once a second while it watches.
 
         Raises:
-            ConfigError: another run holds it, or the workdir cannot be written.
+            WorkdirInUse: another run holds it.
+            ConfigError: the workdir cannot be written.
             DistributedError: process 0 could not take it.
         """
         with distributed.together("taking the lease of the workdir"):
@@ -145,10 +146,10 @@ class Lease:
             claim.unlink(missing_ok=True)
 
     def _is_dead(self, found, path, waiting):
-        """True: nobody holds it. False: it changed. Raises ConfigError where its run lives."""
+        """True: nobody holds it. False: it changed. Raises WorkdirInUse where its run lives."""
         if found is _TORN:
             return True
-        in_use = ConfigError(
+        in_use = WorkdirInUse(
             f"workdir {self.workdir} is in use by another run ({found}); give another --workdir, or wait until that run ends"
         )
         if found.machine == self._mine.machine:

@@ -1,6 +1,7 @@
 """The folder of a run: opened, checked to be shared by all hosts, and described."""
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -108,12 +109,13 @@ def use_compile_cache(workdir: epath.Path) -> None:
         compilation_cache.reset_cache()  # else JAX goes on with the folder that it used first
 
 
-def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Writes the config, and the versions and devices that it runs with.
+def record_run(config: ml_collections.ConfigDict, workdir: epath.Path, last_step: int) -> None:
+    """Writes the config, the last step, and the versions and devices that it runs with.
 
     Args:
         config: of the run.
         workdir: its folder.
+        last_step: at which the run will end.
 
     Raises:
         StorageError: a file cannot be written.
@@ -123,6 +125,8 @@ def record_run(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         "python": platform.python_version(),
         "versions": {"halonet_jax": __version__} | {name: metadata.version(name) for name in packages},
         "git_revision": _revision(),
+        "last_step": last_step,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
     }
