@@ -100,8 +100,9 @@ def make(study: Study, path: str, scale: str, out: str) -> Plan:
         out: folder of the study, local or `gs://`.
 
     Raises:
-        ConfigError: the folder belongs to another study or scale, or a run there had another config.
+        ConfigError: the folder belongs to another study or scale, a run there had another config, or no row is of this scale.
     """
+    study = study.at(scale)
     folder = workdir_lib.locate(out)
     _check_folder(folder, study, scale)
     configs, broken = {}, {}

@@ -50,6 +50,7 @@ class Row:
         after: label of the row whose weights this one starts from, those of the same seed; "": random weights.
         counts: False: it is run and listed, but not compared. For pre-training.
         group: rows of a group share a marker in the picture.
+        scales: those at which the row is part of the study.
     """
 
     label: str
@@ -64,6 +65,7 @@ class Row:
     after: str = ""
     counts: bool = True
     group: str = ""
+    scales: Sequence[str] = tuple(SUFFIXES)
 
     @property
     def slug(self) -> str:
@@ -92,12 +94,30 @@ class Study:
     question: str = ""
     finding: str = ""
     rows: Sequence[Row] = ()
-    seeds: Sequence[int] = (0,)
+    seeds: Sequence[int] = (0, 1, 2)
     plot: Plot = Plot()
     tiny: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     small: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     baseline: str = ""
     metric: str = "top1"
+
+    def at(self, scale: str) -> "Study":
+        """Returns the study with the rows of a scale.
+
+        Args:
+            scale: a key of `SUFFIXES`.
+
+        Raises:
+            ConfigError: it has none that counts, or one of them needs a row of other scales.
+        """
+        rows = tuple(row for row in self.rows if scale in row.scales)
+        labels = {row.label for row in rows}
+        if not any(row.counts for row in rows):
+            raise ConfigError(f"--scale={scale}: the study has no row to compare at this scale; give another --scale")
+        for what, label in [("baseline", self.baseline), *((f"after of {row.label!r}", row.after) for row in rows)]:
+            if label and label not in labels:
+                raise ConfigError(f"--scale={scale}: {what} is {label!r}, which has not this scale; add it to its scales")
+        return dataclasses.replace(self, rows=rows)
 
     def row(self, label: str) -> Row:
         """Returns the row of a label.
@@ -181,6 +201,9 @@ def check(study: Study, path: str) -> None:
             chain.append(label)
         if label:
             raise fault(f"row {row.label!r} waits for itself: {' after '.join([*chain, label])}; take one `after` out")
+    for row in study.rows:
+        if unknown := [scale for scale in row.scales if scale not in SUFFIXES]:
+            raise fault(f"scales of {row.label!r} has {unknown[0]!r}, which is no scale; {near(unknown[0], list(SUFFIXES))}")
     if study.plot.kind not in ("bar", "scatter"):
         raise fault(f"plot kind {study.plot.kind!r} is unknown; use 'bar' or 'scatter'")
     if study.plot.x not in AXES:
