@@ -85,10 +85,10 @@ def test_no_held_out_scan_is_in_a_training_scene(opened):
     used = {}
     for split in ("train", "test"):
         source = opened(split, difficulty=1.0)
-        used[split] = {row for index in range(1000) for row in source.scene(index)["scans"]}
+        used[split] = {row for index in range(500) for row in source.scene(index)["scans"]}
         assert used[split] <= set(source.rows)
         np.testing.assert_array_equal(source._scans, data.digits.scans(split)[0])  # all it draws digits and clutter with
-    assert not used["train"] & used["test"] and len(used["train"] | used["test"]) > 1700
+    assert not used["train"] & used["test"] and len(used["train"] | used["test"]) > 1600
 
 
 @pytest.mark.parametrize("difficulty", [0.0, 1.0])
