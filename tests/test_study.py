@@ -1,11 +1,13 @@
 """Studies: every run once, whatever ends a runner; the same report; mistakes in one line."""
 
+import dataclasses
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -13,6 +15,7 @@ from entries import ROOT, TINY, command, environment, run
 
 from halonet_jax import config as config_lib
 from halonet_jax import errors
+from halonet_jax.runtime import lease
 from halonet_jax.studies import Plot, Row, Study, devices, launch, measuring, pictures, plan, report, results, runner, spec
 from halonet_jax.studies.runner import Runner
 
@@ -138,6 +141,50 @@ def test_finished_runs_never_run_again(file, undisturbed, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in undisturbed.rglob("steps_done")}
 
 
+def test_claims_of_other_machines(tmp_path, monkeypatch):
+    """One that is dead is taken over; one that lives is waited for."""
+    monkeypatch.setattr(lease, "STALE", 0.5)
+    monkeypatch.setattr(lease, "_POLL", 0.02)
+    monkeypatch.setattr(runner, "LOOK_AGAIN", 0.1)
+    found = made(rows(Row("two", DIGITS)), tmp_path)
+    beats = [0, 0]
+
+    def claim(index):
+        folder = tmp_path / "claims" / found.runs[index].row.slug / "seed0"
+        folder.mkdir(parents=True, exist_ok=True)
+        holder = lease._Holder("x" * 32, "there", "there", 1, "1", "then", beats[index])
+        (folder / "lease.new").write_text(json.dumps(dataclasses.asdict(holder)))
+        (folder / "lease.new").replace(folder / "lease.json")
+
+    def other_machine():
+        while not ended.wait(0.05):
+            beats[1] += 1
+            claim(1)
+            if beats[1] == 40:
+                result = {"metrics": {"eval/top1": 0.5}, "images_per_second": None, "seconds": 1.0}
+                results.write(found.runs[1].workdir / "result.json", json.dumps(result))
+
+    claim(0)
+    claim(1)
+    found.runs[1].workdir.mkdir(parents=True)
+    ended, lines = threading.Event(), []
+    thread = threading.Thread(target=other_machine)
+    thread.start()
+    try:
+        assert Runner(found, found.runs, tell=lines.append, train=FAKE).run() == 0
+    finally:
+        ended.set()
+        thread.join()
+    told = [line.partition("] ")[2].partition(", top1")[0] for line in lines]
+    assert sorted(told) == [
+        "another process runs two, seed 0",
+        "done: one, seed 0",
+        "done: two, seed 0",
+        "starting: one, seed 0",
+    ]
+    assert not (found.runs[1].workdir / "steps_done").exists()
+
+
 # --- rows that fail
 
 
@@ -177,6 +224,7 @@ FAULTS = {
     "syntax": ("x = (", "has an error in line 1"),
     "its own error": ("x = 1\ny = 1 / 0", "has an error in line 2: ZeroDivisionError"),
     "no study": ("x = 1", "defines no STUDY"),
+    "exits": ("raise SystemExit(3)", "line 1: SystemExit: 3"),
     "unknown field": ("from halonet_jax.studies import Row\nRow('a', reciep='b')", "line 2: TypeError"),
 }
 
@@ -196,7 +244,12 @@ def test_faults_of_the_file(fault, tmp_path):
     (rows(label="½"), "no letter"),
     (Study("t"), "at least one Row"),
     (Study("t", rows=(Row("a"),), seeds=()), "whole numbers from 0"),
+    (Study("t", rows=(Row("a"),), seeds=3), "whole numbers from 0"),
     (Study("t", rows=(Row("a"),), seeds=(1, 1)), "a seed twice"),
+    (rows(published=0.799), "published=0.799 of row 'one' must be in percent"),
+    (rows(overrides=None), "overrides=None of row 'one' must be a dict"),
+    (rows(recipes={"tinny": DIGITS}), "did you mean 'tiny'"),
+    (Study("t", rows=Row("a")), "at least one Row"),
     (rows(after="two"), "after of 'one' is 'two', which is no row"),
     (rows(Row("two", after="one"), after="two"), "waits for itself: one after two after one"),
     (Study("t", rows=(Row("abc"),), baseline="abd"), "did you mean 'abc'"),

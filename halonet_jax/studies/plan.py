@@ -169,7 +169,7 @@ def _load_recipe(path, argument):
         module = importlib.util.module_from_spec(module_spec)
         module_spec.loader.exec_module(module)
         return module.get_config(argument) if argument else module.get_config()
-    except Exception as error:  # whatever the recipe's own code does
+    except (Exception, SystemExit) as error:  # whatever the recipe's own code does
         raise ConfigError(f"recipe {path}{':' if argument else ''}{argument}: {spec.reason(error)}") from None
 
 

@@ -201,9 +201,12 @@ def _compared(line):
 def _faults(plan, lines, found):
     text = [f"- {line.row.label}: cannot run: {line.fault}" for line in lines if line.fault]
     for run in plan.runs:
-        if not found[run]:
-            failed = results.failure(run)
+        failed = results.failure(run)
+        if found[run] is None:
             text.append(f"- {run.name}: " + (f"failed: {failed.get('reason')}" if failed else "not done"))
+        elif results.score(found[run], plan.study.metric) is None:
+            known = sorted(key.partition("/")[2] for key in found[run]["metrics"] if key.startswith("eval/"))
+            text.append(f"- {run.name}: done, but its evaluation has no {plan.study.metric!r}; set metric to one of {known}")
     return text
 
 

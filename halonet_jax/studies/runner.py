@@ -266,6 +266,7 @@ class Runner:
 
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if main else ()
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
         handlers = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
@@ -276,6 +277,9 @@ class Runner:
 
 class _Claim(lease.Lease):
     held = False
+
+    def _warn_of_wait(self, found):
+        pass  # it is ordinary here, and comes once a minute
 
 
 def _claim_folder(plan, run):
