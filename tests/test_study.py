@@ -16,13 +16,30 @@ from entries import ROOT, TINY, command, environment, run
 from halonet_jax import config as config_lib
 from halonet_jax import errors
 from halonet_jax.runtime import lease
-from halonet_jax.studies import Plot, Row, Study, devices, launch, measuring, pictures, plan, report, results, runner, spec
+from halonet_jax.studies import (
+    Plot,
+    Row,
+    Study,
+    devices,
+    launch,
+    measuring,
+    pictures,
+    plan,
+    processes,
+    report,
+    results,
+    runner,
+    selection,
+    spec,
+)  # fmt: skip
 from halonet_jax.studies.runner import Runner
 
 FAKE = (sys.executable, str(ROOT / "tests" / "fake_train.py"))
 DIGITS = "configs/digits.py"
 FILE = """
-from halonet_jax.studies import Plot, Row, Study
+from halonet_jax.studies import (
+    Plot, Row, Study, devices, launch, measuring, pictures, plan, processes, report, results, runner, selection, spec,
+)  # fmt: skip
 RECIPE = "configs/digits.py"
 STUDY = Study("A study", "Which?", "The first (table 1).", rows=(
     Row("b 4, h 1", RECIPE, {"model.block_size": 4}, published=79.9, source="table 1"),
@@ -60,7 +77,7 @@ def perform(study, out, jobs=1, only=(), monkeypatch=None, faults=""):
     if monkeypatch:
         monkeypatch.setenv("FAULTS", faults)
     lines, found = [], made(study, out)
-    code = Runner(found, plan.select(found, only), jobs, tell=lines.append, train=FAKE).run()
+    code = Runner(found, selection.select(found, only), jobs, tell=lines.append, train=FAKE).run()
     return code, lines, found
 
 
@@ -290,7 +307,7 @@ def test_changed_config_is_refused(tmp_path):
 
 def test_only(file):
     found = plan.make(spec.load(str(file)), str(file), "imagenet", "/nowhere")
-    names = lambda *only: [run.name for run in plan.select(found, only)]
+    names = lambda *only: [run.name for run in selection.select(found, only)]
     assert names("b 4, h 1") == names("b-4-h-1") == names("b 4*") == ["b 4, h 1, seed 0", "b 4, h 1, seed 1"]
     assert names("b 4, h 1/seed1,after/seed0") == names("after/seed0", "b-*/seed1") == ["b 4, h 1, seed 1", "after, seed 0"]
     for only, message in (("befor", "did you mean 'before'"), ("after/seed3", "the seeds are 0, 1")):
@@ -411,12 +428,14 @@ def test_cores_are_shared_out(monkeypatch):
         devices.share(4096)
     core = cores[1].pop()
     see = (sys.executable, "-c", "import os; print(os.sched_getaffinity(0))")
-    done = subprocess.run([sys.executable, "-I", runner.LAUNCHER, str(os.getpid()), core, *see], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-I", processes.LAUNCHER, str(os.getpid()), core, *see], capture_output=True, text=True
+    )
     assert done.stdout == f"{{{core}}}\n"
 
 
 def test_launcher_without_a_parent():
-    done = subprocess.run([sys.executable, "-I", runner.LAUNCHER, "1", "-", "false"])
+    done = subprocess.run([sys.executable, "-I", processes.LAUNCHER, "1", "-", "false"])
     assert done.returncode == 75
 
 
