@@ -181,7 +181,7 @@ def _cells(line, paper, at_scale):
         shown = "missing"
     else:
         shown = f"{scores.mean:.2f}" + ("" if scores.spread is None else f" ± {scores.spread:.2f}")
-    cells = [row.label, seeds, shown, _millions(line.parameters), _millions(line.multiply_adds)]
+    cells = [row.label, seeds, shown, _short(line.parameters), _short(line.multiply_adds)]
     if paper:
         cells.append(DASH if row.published is None else f"{row.published:g}")
     if paper and at_scale:
@@ -238,10 +238,11 @@ def _speed_cells(speed):
     return [milliseconds("inference_seconds_per_image"), milliseconds("train_seconds_per_image"), *about]
 
 
-def _millions(value):
+def _short(value):
     if value is None:
         return DASH
-    return f"{value / 1e9:.3g} G" if value >= 1e9 else f"{value / 1e6:.3g} M"
+    unit, letter = next(((unit, letter) for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= unit), (1, ""))
+    return f"{value / unit:.3g}{letter}"
 
 
 def _rate(value):
