@@ -19,7 +19,7 @@ from absl import flags
 from halonet_jax import command_line
 from halonet_jax.errors import ConfigError
 from halonet_jax.runtime import storage
-from halonet_jax.studies import devices, launch, measuring, plan, report, results, spec
+from halonet_jax.studies import devices, launch, measuring, plan, report, results, selection, spec
 from halonet_jax.studies.runner import Runner
 
 PICTURE_EVERY = 30.0  # seconds
@@ -52,7 +52,7 @@ def main(train: Sequence[str] = plan.TRAIN) -> int:
     made = plan.make(study, f.study, f.scale, plan.default_out(f.study, f.scale) if f.out is None else f.out)
     for label, fault in made.broken.items():
         print(f"error: row {label!r} cannot run: {fault}", file=sys.stderr, flush=True)
-    runs = plan.select(made, f.only)
+    runs = selection.select(made, f.only)
     if f.topology and not f.measure:
         raise ConfigError("--topology is for --measure=speed; add that, or leave --topology out")
     _open(made)

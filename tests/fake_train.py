@@ -54,6 +54,8 @@ if __name__ == "__main__":
         from halonet_jax import command_line, study
 
         study.define_flags()
-        command_line.run(lambda: study.main((sys.executable, __file__)), required_flags=("study",), alone=True)
+        command_line.run(
+            lambda: study.main((sys.executable, os.environ.get("TRAIN", __file__))), required_flags=("study",), alone=True
+        )
     else:
         train(dict(word.removeprefix("--").split("=", 1) for word in sys.argv[1:]))

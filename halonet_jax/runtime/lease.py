@@ -156,10 +156,7 @@ class Lease:
             if found.id in _ours if found.pid == os.getpid() else _lives(found):
                 raise in_use
             return True
-        logging.warning(
-            "Workdir %s was last used by a run on another machine (%s). Waiting up to %.0f s to see whether it lives",
-            self.workdir, found, STALE,
-        )  # fmt: skip
+        self._warn_of_wait(found)
         until = time.monotonic() + STALE
         while time.monotonic() < until:
             waiting()
@@ -171,6 +168,12 @@ class Lease:
             if now.beat != found.beat:
                 raise in_use
         return True
+
+    def _warn_of_wait(self, found):
+        logging.warning(
+            "Workdir %s was last used by a run on another machine (%s). Waiting up to %.0f s to see whether it lives",
+            self.workdir, found, STALE,
+        )  # fmt: skip
 
     def check(self) -> None:
         """Raises StorageError where another run has taken the lease over, as after this machine was suspended."""

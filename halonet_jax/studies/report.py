@@ -181,7 +181,7 @@ def _cells(line, paper, at_scale):
         shown = "missing"
     else:
         shown = f"{scores.mean:.2f}" + ("" if scores.spread is None else f" ± {scores.spread:.2f}")
-    cells = [row.label, seeds, shown, _millions(line.parameters), _millions(line.multiply_adds)]
+    cells = [row.label, seeds, shown, _short(line.parameters), _short(line.multiply_adds)]
     if paper:
         cells.append(DASH if row.published is None else f"{row.published:g}")
     if paper and at_scale:
@@ -201,9 +201,12 @@ def _compared(line):
 def _faults(plan, lines, found):
     text = [f"- {line.row.label}: cannot run: {line.fault}" for line in lines if line.fault]
     for run in plan.runs:
-        if not found[run]:
-            failed = results.failure(run)
+        failed = results.failure(run)
+        if found[run] is None:
             text.append(f"- {run.name}: " + (f"failed: {failed.get('reason')}" if failed else "not done"))
+        elif results.score(found[run], plan.study.metric) is None:
+            known = sorted(key.partition("/")[2] for key in found[run]["metrics"] if key.startswith("eval/"))
+            text.append(f"- {run.name}: done, but its evaluation has no {plan.study.metric!r}; set metric to one of {known}")
     return text
 
 
@@ -235,10 +238,11 @@ def _speed_cells(speed):
     return [milliseconds("inference_seconds_per_image"), milliseconds("train_seconds_per_image"), *about]
 
 
-def _millions(value):
+def _short(value):
     if value is None:
         return DASH
-    return f"{value / 1e9:.3g} G" if value >= 1e9 else f"{value / 1e6:.3g} M"
+    unit, letter = next(((unit, letter) for unit, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")) if value >= unit), (1, ""))
+    return f"{value / unit:.3g}{letter}"
 
 
 def _rate(value):

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
-from scipy import special
 
 from halonet_jax.runtime import reporting
 from halonet_jax.studies.plan import Run
@@ -189,6 +188,8 @@ def compare(scores: Scores, base: Scores) -> Comparison | None:
     terms = [s.spread**2 / len(s.values) for s in (scores, base)]
     if not sum(terms):
         return Comparison(difference, difference, difference)
+    from scipy import special  # here, because it takes a second
+
     freedom = sum(terms) ** 2 / sum(term**2 / (len(s.values) - 1) for term, s in zip(terms, (scores, base)))
     half = float(special.stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(sum(terms))
     return Comparison(difference, difference - half, difference + half)

@@ -8,25 +8,21 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from etils import epath
 
 from halonet_jax.errors import ConfigError, Stopped, StorageError, WorkdirInUse
 from halonet_jax.runtime import lease, stopping, storage
-from halonet_jax.studies import progress, results
+from halonet_jax.studies import processes, progress, results
 from halonet_jax.studies.plan import TRAIN, Plan, Run
 
-LAUNCHER = Path(__file__).with_name("launcher.py")
 # What the same command may mend, by docs/reliability.md: pre-empted, lost peers, aborted, killed.
 AGAIN = (stopping.EXIT_LOST_PEER, stopping.EXIT_PREEMPTED, stopping.EXIT_INTERRUPTED, 134, 137, 139, 143)
 STARTS = 5  # of one run in a row, where each ends with such a code
-POLL = 0.2  # seconds between looks at a process or a claim
+POLL = 0.2  # seconds; waits are multiples
 LOOK_AGAIN = 5.0  # seconds after which a run that another runner holds is tried again
 
 WAITING, RUNNING, ELSEWHERE, DONE, FAILED = "waiting", "running", "elsewhere", "done", "failed"
@@ -58,6 +54,7 @@ class Runner:
         self.plan, self.runs, self.jobs, self.train = plan, list(runs), jobs, tuple(train)
         self._tell, self._changed = tell, changed
         self._environments = environments or [({}, "-")] * jobs
+        self._variables = {"JAX_COMPILATION_CACHE_DIR": str(plan.out / "compile_cache")} | dict(os.environ)
         self._lock = threading.RLock()
         self._stop, self._kill = threading.Event(), threading.Event()
         self._signal = ""
@@ -170,15 +167,7 @@ class Runner:
         self._wait_for_orphan(run)
         (run.workdir / "failed.json").unlink(missing_ok=True)
         self._clock.start(run)
-        code = stopping.EXIT_PREEMPTED
-        for start in range(STARTS):
-            if self._stop.is_set():
-                break
-            self._say(f"{'starting' if not start else 'starting again'}: {run.name}")
-            code = self._process(run, slot)
-            if code not in AGAIN:
-                break
-            self._stop.wait(5 * POLL)
+        code = self._train(run, slot)
         try:
             claim.check()
         except StorageError:  # this machine was suspended, and another one took the run over
@@ -195,8 +184,22 @@ class Runner:
         else:
             self._fail(run, code)
 
+    def _train(self, run, slot):
+        """Runs the training command, again where that may help, and returns the last exit code."""
+        code, (more, cores), log = stopping.EXIT_PREEMPTED, self._environments[slot], run.workdir / "train.log"
+        command, variables, tick = [*self.train, *run.arguments], self._variables | more, lambda: self._clock.tick(self._say)
+        for start in range(STARTS):
+            if self._stop.is_set():
+                break
+            self._say(f"{'starting' if not start else 'starting again'}: {run.name}")
+            code = processes.run(command, log, variables, cores, self._stop, self._kill, tick)
+            if code not in AGAIN:
+                break
+            self._stop.wait(5 * POLL)
+        return code
+
     def _fail(self, run, code):
-        why = _last_line(run.workdir / "train.log") if code else "it ended without the evaluation of its last step"
+        why = processes.last_line(run.workdir / "train.log") if code else "it ended without the evaluation of its last step"
         with contextlib.suppress(OSError):  # as where the disk is full, which is why it failed
             record = {"exit_code": code, "time": time.time(), "reason": why}
             results.write(run.workdir / "failed.json", json.dumps(record))
@@ -222,28 +225,6 @@ class Runner:
                 self._claims.discard(held)
         raise Stopped(self._signal)
 
-    def _process(self, run, slot):
-        """Runs the training command and returns its exit code; 128 + its number where a signal ended it."""
-        more, cores = self._environments[slot]
-        environment = {"JAX_COMPILATION_CACHE_DIR": str(self.plan.out / "compile_cache")} | dict(os.environ) | more
-        command = [sys.executable, "-I", str(LAUNCHER), str(os.getpid()), cores, *self.train, *run.arguments]
-        with open(run.workdir / "train.log", "ab") as log:
-            # A session of its own: Ctrl-C on the terminal reaches this process alone, which passes it on once.
-            process = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
-            )
-        told = False
-        while True:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = process.wait(POLL)
-                return code if code >= 0 else 128 - code
-            if self._kill.is_set():
-                process.kill()
-            elif self._stop.is_set() and not told:
-                told = True
-                process.terminate()
-            self._clock.tick(self._say)
-
     # --- around
 
     def _report(self):
@@ -266,6 +247,7 @@ class Runner:
 
         main = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) if main else ()
+        numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
         handlers = {number: signal.signal(number, note) for number in numbers}
         try:
             yield
@@ -277,16 +259,9 @@ class Runner:
 class _Claim(lease.Lease):
     held = False
 
+    def _warn_of_wait(self, found):
+        pass  # it is ordinary here, and comes once a minute
+
 
 def _claim_folder(plan, run):
     return plan.out / "claims" / run.row.slug / f"seed{run.seed}"
-
-
-def _last_line(path):
-    """The error of a log's end, or its last line."""
-    try:
-        lines = [line.strip() for line in path.read_bytes()[-20000:].decode(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
-    errors = [line for line in lines[-30:] if line.startswith("error: ")]
-    return (errors or lines or ["it printed nothing"])[-1]

@@ -154,7 +154,7 @@ def load(path: str) -> Study:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"--study={path} has an error in line {_line(error, file)}: {reason(error)}; mend that line"
         ) from None
@@ -176,12 +176,21 @@ def check(study: Study, path: str) -> None:
         ConfigError: one line.
     """
     fault = lambda text: ConfigError(f"{path}: {text}")
-    if not study.rows or not all(isinstance(row, Row) for row in study.rows):
+    if not isinstance(study.rows, Sequence) or not study.rows or not all(isinstance(row, Row) for row in study.rows):
         raise fault(f"rows={str(study.rows)[:60]} must hold at least one Row; write rows=(Row(…),)")
-    if not study.seeds or not all(type(seed) is int and seed >= 0 for seed in study.seeds):
+    if (
+        not isinstance(study.seeds, Sequence)
+        or not study.seeds
+        or not all(type(seed) is int and seed >= 0 for seed in study.seeds)
+    ):
         raise fault(f"seeds={study.seeds} must be whole numbers from 0; for example seeds=(0, 1, 2)")
     if len(set(study.seeds)) < len(study.seeds):
         raise fault(f"seeds={study.seeds} holds a seed twice; leave one out")
+    for name, value in (("tiny", study.tiny), ("small", study.small)):
+        if not isinstance(value, Mapping):
+            raise fault(f"{name}={str(value)[:60]} must be a dict of config values by key")
+    for row in study.rows:
+        _check_row(row, fault)
     seen = {}
     for row in study.rows:
         if not row.slug:
@@ -208,6 +217,20 @@ def check(study: Study, path: str) -> None:
         raise fault(f"plot kind {study.plot.kind!r} is unknown; use 'bar' or 'scatter'")
     if study.plot.x not in AXES:
         raise fault(f"plot x={study.plot.x!r} is unknown; {near(study.plot.x, AXES)}")
+
+
+def _check_row(row, fault):
+    if not isinstance(row.label, str):
+        raise fault(f"label {str(row.label)[:60]} must be a text; write Row('NAME', …)")
+    for name in ("overrides", "tiny", "small", "recipes"):
+        value = getattr(row, name)
+        if not (isinstance(value, Mapping) or value is None and name in ("tiny", "small")):
+            raise fault(f"{name}={str(value)[:60]} of row {row.label!r} must be a dict")
+    if unknown := sorted(set(row.recipes) - set(SUFFIXES)):
+        raise fault(f"recipes of row {row.label!r} names the scale {unknown[0]!r}; {near(unknown[0], list(SUFFIXES))}")
+    published = row.published
+    if published is not None and not (isinstance(published, (int, float)) and 1 <= published <= 100):
+        raise fault(f"published={published!r} of row {row.label!r} must be in percent, from 1 to 100; for example 79.9")
 
 
 def near(name: str, known: Sequence[str]) -> str:
