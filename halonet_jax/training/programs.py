@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 
 from halonet_jax.training import optimizer, sharding, state, step
@@ -69,8 +70,13 @@ def make_programs(
     """
     schedule = optimizer.make_schedule(config, total_steps, steps_per_epoch)
     tx = optimizer.make_optimizer(config, schedule, task)
-    create_state = functools.partial(state.create, task, tx, config.seed, ema=config.ema_decay > 0)
-    abstract_state = jax.eval_shape(create_state)
+
+    def create_state(key_data):
+        return state.create(task, tx, jax.random.wrap_key_data(key_data), ema=config.ema_decay > 0)
+
+    # An argument rather than a constant, so that the runs of all seeds share one compiled program.
+    key_data = np.asarray(jax.random.key_data(jax.random.key(config.seed)))
+    abstract_state = jax.eval_shape(create_state, key_data)
     state_sharding = sharding.state_sharding(mesh, abstract_state)
     place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)
     everywhere = jax.NamedSharding(mesh, jax.P())
@@ -84,7 +90,7 @@ def make_programs(
         mesh=mesh,
         schedule=schedule,
         abstract_state=jax.tree.map(place, abstract_state, state_sharding),
-        create_state=jax.jit(create_state, out_shardings=state_sharding),
+        create_state=functools.partial(jax.jit(create_state, out_shardings=state_sharding), key_data),
         train_step=jax.jit(
             train_step, in_shardings=(state_sharding, jax.NamedSharding(mesh, sharding.BATCH)),
             out_shardings=(state_sharding, everywhere), donate_argnums=0,

@@ -39,16 +39,16 @@ class TrainState:
         return weights
 
 
-def create(task: Task, optimizer: optax.GradientTransformation, seed: int, ema: bool) -> TrainState:
+def create(task: Task, optimizer: optax.GradientTransformation, rng: jax.Array, ema: bool) -> TrainState:
     """Returns the state before the first step. Jit it with output shardings to create the state sharded.
 
     Args:
         task: provides `init`.
         optimizer: from `optimizer.make_optimizer`.
-        seed: of the initial parameters.
+        rng: random key of the initial parameters.
         ema: whether the state holds moving averages. They start as copies of the weights.
     """
-    params, model_state = task.init(jax.random.key(seed))
+    params, model_state = task.init(rng)
     # Copies, because the state is donated to the step and a buffer can be donated only once.
     copy = lambda tree: jax.tree.map(jnp.copy, tree) if ema else None
     return TrainState(

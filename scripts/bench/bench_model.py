@@ -84,7 +84,7 @@ def _our_case(name, implementation, direction):
             optax.add_decayed_weights(WEIGHT_DECAY), optax.sgd(LEARNING_RATE, momentum=MOMENTUM, nesterov=True)
         )
         everywhere = jax.NamedSharding(mesh, jax.P())
-        train_state = jax.jit(lambda: state.create(task, optimizer, seed=0, ema=False), out_shardings=everywhere)()
+        train_state = jax.jit(lambda: state.create(task, optimizer, jax.random.key(0), ema=False), out_shardings=everywhere)()
         if direction == FORWARD:
 
             def predict(params, model_state, batch):

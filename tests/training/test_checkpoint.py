@@ -27,7 +27,7 @@ DEVICE = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 def creator(tx=SGD, ema=True, width=4):
     init = lambda rng: ({"kernel": jax.random.normal(rng, (3, width)), "bias": jnp.zeros(width)}, {"mean": jnp.zeros(3)})
     task = Task(init, loss=None, predict=None, metrics=None)
-    return lambda: state.create(task, tx, seed=0, ema=ema)
+    return lambda: state.create(task, tx, jax.random.key(0), ema=ema)
 
 
 def at(step, create=None):

@@ -73,7 +73,7 @@ def test_sgd_is_nesterov_and_clips():
 def test_ema_covers_parameters_and_model_state():
     task, tx = linear_task(), optax.sgd(0.1)
     train_step = jax.jit(step.make_train_step(task, tx, seed=0, ema_decay=0.8))
-    s = state.create(task, tx, seed=0, ema=True)
+    s = state.create(task, tx, jax.random.key(0), ema=True)
     expected = s.params, s.model_state
     for n in range(30):
         s, _ = train_step(s, batch())
@@ -89,7 +89,7 @@ def test_accumulation_is_the_whole_batch():
     results = []
     for steps in (1, 4):
         train_step = jax.jit(step.make_train_step(task, tx, seed=0, ema_decay=0, accumulation_steps=steps))
-        results.append(train_step(state.create(task, tx, seed=0, ema=False), batch()))
+        results.append(train_step(state.create(task, tx, jax.random.key(0), ema=False), batch()))
     (whole, whole_metrics), (parts, parts_metrics) = results
     for ours, theirs in ((parts.params, whole.params), (parts.model_state, whole.model_state)):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), ours, theirs)
