@@ -1,10 +1,11 @@
 """scikit-learn's handwritten digits, which need no download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from halonet_jax.data import subsets
 from halonet_jax.errors import DataError
 
 # One fixed split of scikit-learn's 1,797 scans: a fifth held out, classes in proportion.
@@ -18,18 +19,26 @@ class DigitsSource:
     The scans ship with scikit-learn. The split is stratified and fixed: it is the same on every machine.
 
     Args:
-        split: "train" or "test".
+        split: "train" or "test", or a slice of one, such as "train[:100]" (see `subsets.slice_rows`).
         role: the field of the config's `data` block that named `split`: "train_split" or "eval_split".
+        classes: the classes to keep, from "0" to "9"; empty: all. The slice is of their examples alone.
         flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
 
     Attributes:
-        class_names: "0" to "9".
+        class_names: "0" to "9", or those that were kept, rising.
 
     Raises:
-        DataError: for another split; the message lists the two.
+        DataError: for another split or class, or an impossible slice.
     """
 
-    def __init__(self, split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format):
+    def __init__(
+        self,
+        split: str,
+        role: str = "eval_split",
+        *,
+        classes: Sequence[str] = (),
+        flag: Callable[[str], str] = "--config.{}".format,
+    ):
         from sklearn import datasets, model_selection
 
         digits = datasets.load_digits()
@@ -37,15 +46,20 @@ class DigitsSource:
             np.arange(len(digits.target)), test_size=_TEST_SIZE, random_state=_SPLIT_SEED, stratify=digits.target
         )
         splits = {"train": train, "test": test}
-        if split not in splits:
-            setting, best = flag(f"data.{role}") or f"data.{role}", "train" if role == "train_split" else "test"
+        setting, name = subsets.flag_of(flag, role), subsets.split_name(split)
+        if name not in splits:
+            best = "train" if role == "train_split" else "test"
             raise DataError(f"digits has no split {split!r}; its splits are {', '.join(splits)}: set {setting}={best}")
-        rows = np.sort(splits[split])
+        names = [str(c) for c in digits.target_names]
+        self.class_names = subsets.keep_classes(names, classes, "digits")
+        labels = np.array([self.class_names.index(c) if c in self.class_names else -1 for c in names])[digits.target]
+        rows = np.sort(splits[name])
+        rows = rows[labels[rows] >= 0]
+        rows = rows[subsets.slice_rows(labels[rows], split, setting)]
         gray = np.round(digits.images[rows] * (255 / 16)).astype(np.uint8)  # [n, 8, 8], scanned as 0..16
         self._images = np.repeat(gray[..., None], 3, axis=-1)
-        self._labels = digits.target[rows]
+        self._labels = labels[rows]
         self._split = split
-        self.class_names = tuple(str(c) for c in digits.target_names)
 
     @property
     def num_classes(self) -> int:

@@ -21,8 +21,9 @@ def open_source(
     """Opens one split of the configured data set; nothing is ever downloaded.
 
     Args:
-        data_config: the config's `data` block; `source`, `name`, `dir` and `train_split` are read.
-        split: "train", "validation", ...; with TFDS also a slice such as "train[:90%]".
+        data_config: the config's `data` block; `source`, `name`, `dir`, `train_split` and `classes` are
+            read.
+        split: "train", "validation", ..., or a slice such as "train[:90%]".
         class_names: the classes that labels must mean, such as those of a checkpoint. None: those of the data set
             itself. With them, an image folder does not need its train split.
         flag: spells the command-line flag that sets a config key, for the remedies in messages:
@@ -37,10 +38,18 @@ def open_source(
     """
     class_names = tuple(class_names or ()) or None
     role = "train_split" if class_names is None and split == data_config.train_split else "eval_split"
+    classes = tuple(data_config.classes)
     if data_config.source == "folder":
-        return FolderSource(data_config.dir, split, data_config.train_split, role, class_names=class_names, flag=flag)
+        return FolderSource(
+            data_config.dir, split, data_config.train_split, role, class_names=class_names, classes=classes, flag=flag
+        )
+    if data_config.source == "tfds" and classes:
+        raise DataError(
+            f"data.classes={classes} does not work with data.source=tfds, which has no index of labels; export the images of"
+            " these classes to DIR/<split>/<class>/ and train with data.source=folder, or set data.classes=()"
+        )
     if data_config.source == "digits":
-        source = DigitsSource(split, role, flag=flag)
+        source = DigitsSource(split, role, classes=classes, flag=flag)
     elif data_config.source == "tfds":
         source = TfdsSource(data_config.name, data_config.dir, split, role, flag=flag)
     else:

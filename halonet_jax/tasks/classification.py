@@ -55,7 +55,7 @@ def expected_metadata(config: ml_collections.ConfigDict) -> dict:
         As `metadata`.
     """
     name = config.data.name if config.data.source == "tfds" else config.data.source
-    classes = range(_NUM_CLASSES.get(name, 1000))
+    classes = range(len(set(config.data.classes)) or _NUM_CLASSES.get(name, 1000))
     return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
 
 
