@@ -24,10 +24,11 @@ KERNEL = "tpu_custom_call"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A tiny run on the digits, with a moving average. Blocks do not divide the map of 6 pixels that the attention sees."""
+    """A tiny run on the digits, with a moving average. Blocks do not divide the map of 6 × 5 pixels that the attention sees."""
     folder = tmp_path_factory.mktemp("run") / "workdir"
     model = {"stage_kinds": "('attention', 'conv', 'conv', 'conv')", "block_size": 4, "halo_size": 1, "final_width": 32}
-    train(folder, max_steps=8, ema_decay=0.9, data__image_size=24, **{f"model__{key}": value for key, value in model.items()})
+    options = {"data__image_size": "(24,20)", **{f"model__{key}": value for key, value in model.items()}}
+    train(folder, max_steps=8, ema_decay=0.9, **options)
     return folder
 
 
@@ -92,7 +93,7 @@ def test_the_result_of_a_model_on_the_hub_does_not_go_into_its_cache(exported, t
 def test_one_program_for_all_platforms_and_batch_sizes(name, exported):
     program = jax.export.deserialize(bytearray((exported[0] / name).read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    assert program.in_avals[-1].shape[1:] == (24, 24, 3) and not isinstance(program.in_avals[-1].shape[0], int)
+    assert program.in_avals[-1].shape[1:] == (24, 20, 3) and not isinstance(program.in_avals[-1].shape[0], int)
     assert program.mlir_module().count(KERNEL) == 1  # TPU's, for the attention layer
 
 
@@ -306,7 +307,7 @@ def test_a_damaged_program_gives_one_line(name, message, exported, tmp_path):
 def test_snippets_of_the_documentation(exported, monkeypatch):
     """All of them, in order, in one namespace, in the folder that they name; the frozen weights stay as they are."""
     monkeypatch.chdir(exported[0].parent)
-    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 20, 3), np.uint8)
     names = {"images": images, "labels": np.array([0, 1, 2])}
     text = (ROOT / "docs" / "export.md").read_text().replace("exported/", "digits/").replace('"exported"', '"digits"')
     for snippet in re.findall("```python\n(.*?)```", text, re.DOTALL):

@@ -32,7 +32,7 @@ RULES = {
         {"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY
     ),
     "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
-    "summary": ({"errors", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
+    "summary": ({"errors", "config", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),
 }
 

@@ -20,7 +20,7 @@ class ClassificationTransform:
             images are not, so that ImageNet's accuracy stays comparable: published figures ignore the orientation.
 
     Attributes:
-        fields: `image`, uint8 [image_size, image_size, 3], and `label`, int32 [].
+        fields: `image`, uint8 [height, width, 3], and `label`, int32 [].
 
     Raises:
         DataError: for an unknown name in `randaugment_ops`.
@@ -31,12 +31,12 @@ class ClassificationTransform:
         randaugment.check_ops(c.randaugment_ops)
         self.num_classes, self.training = num_classes, training
         self.upright = c.source == "folder" if upright is None else upright
-        self.image_size, self.eval_crop, self.max_pixels = c.image_size, c.eval_crop, c.max_pixels
+        self.image_size, self.eval_crop, self.max_pixels = images.height_and_width(c.image_size), c.eval_crop, c.max_pixels
         self.interpolation = c.interpolation
         self.crop_scale, self.crop_ratio, self.flip = tuple(c.crop_scale), tuple(c.crop_ratio), c.flip
         self.randaugment_layers, self.randaugment_magnitude = c.randaugment_layers, c.randaugment_magnitude
         self.randaugment_ops = tuple(c.randaugment_ops)
-        self.fields = {"image": Field((c.image_size, c.image_size, 3), "uint8"), "label": Field((), "int32")}
+        self.fields = {"image": Field((*self.image_size, 3), "uint8"), "label": Field((), "int32")}
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:
         """Returns `image` and `label` of one record.
