@@ -81,6 +81,8 @@ def evaluate(
         raise ConfigError(f"--format={format} is for exports, and {path} holds timm's weights; leave --format out")
     format = "weights" if imported else exporting.find(path, format) if exported else None
     own = dict(config.data)
+    if exported and not own["dir"]:
+        own["dir"] = data_dir or ""  # an export does not say where its data was
     _configure(config, split, data_dir, data_name, batch_size, one_device=format not in (None, "weights"))
     if not exported:
         workdir_lib.use_compile_cache(path)

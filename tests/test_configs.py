@@ -62,7 +62,6 @@ BAD = (
     ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
     ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
-    ("data.source", "folder", 1, "set --config.data.dir=PATH"),
     ("model.stem", "pacth", 1, "stem='pacth' is unknown"),
     ("model.stage_kinds", ("conv", "conv", "conv", "atention"), 1, "'atention' is unknown; did you mean attention"),
     ("data.image_size", 10**9, 1, "8 and 8192, or a tuple .height, width. of two; for example --config.data.image_size=256"),

@@ -16,7 +16,7 @@ import halonet_jax
 from halonet_jax import evaluate, export, exporting
 from halonet_jax.errors import CheckpointError, ConfigError, ExportError, UserError
 from halonet_jax.exporting import checking, savedmodel, stablehlo
-from halonet_jax.weights import hub
+from halonet_jax.weights import hub, portable
 
 FORMATS = ("weights", "stablehlo", "savedmodel")
 KERNEL = "tpu_custom_call"
@@ -123,6 +123,16 @@ def test_names_cannot_break_out_of_the_card(exported):
     assert about["model-index"][0]["name"] == "a: [b]\n- c" and "license" not in about
     assert about["model-index"][0]["results"][0]["dataset"]["name"] == loaded.config.data.name
     assert "\n<script>" not in text.split("---\n\n", 1)[1]
+
+
+def test_no_path_of_this_machine_is_published(loaded, tmp_path):
+    config = loaded.config.copy_and_resolve_references()
+    config.data.source, config.data.dir, config.init_from = "folder", "/home/me/photos", "/home/me/runs/first"
+    about = portable.Portable(config, loaded.metadata, loaded.step, loaded.weights, loaded.figures)
+    portable.write(epath.Path(tmp_path), about, loaded.variables)
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"data.source='folder' needs the folder that holds .*; set --data_dir=PATH$"):
+        evaluate.evaluate(model=str(tmp_path))
 
 
 # --- the command

@@ -33,8 +33,6 @@ def validate(
         check_knob(config, key, sections)
     _check_model(config)
     _check_schedule(config)
-    if config.data.source == "folder" and not config.data.dir:
-        raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
     if config.optimizer.name == "lamb" and config.model.scan:
         raise ConfigError(
             "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "
