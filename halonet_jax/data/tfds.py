@@ -121,8 +121,8 @@ def _tfds_builder(name, data_dir, flag):
         arguments = f"'{name}', data_dir='{root}', file_format='array_record'"
         if "://" in root:
             raise DataError(
-                f"TFDS data set {name!r} is not prepared in {root}; {elsewhere}prepare it in a local folder, as array_record, and copy"
-                f" that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
+                f"TFDS data set {name!r} is not prepared in {root}; {elsewhere}prepare it in a local folder, as array_record, and"
+                f" copy that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
             )
         raise DataError(
             f"TFDS data set {name!r} is not prepared in {root}; {elsewhere}prepare it once with\n"
