@@ -317,7 +317,8 @@ import sys
 import types
 import tensorflow_datasets as tfds
 from tfds_sets import tiny_images
-for name, file_format in (("tiny_images", "array_record"), ("tiny_images", "tfrecord"), ("tiny_texts", "array_record")):
+sets = {"array_record": ("tiny_images", "tiny_taxonomy", "tiny_texts"), "tfrecord": ("tiny_images",)}
+for file_format, name in ((file_format, name) for file_format, names in sets.items() for name in names):
     tfds.builder(name, data_dir=f"{sys.argv[1]}/{file_format}", file_format=file_format).download_and_prepare()
 """
 
@@ -346,6 +347,18 @@ def test_tfds_reads_every_example(tiny, split, count):
         assert example["label"] == number % 2 and source.name(i) == f"tiny_images/{split}[{i}]"
         numbers.append(number)
     assert len(set(numbers)) == count
+
+
+def test_tfds_with_the_structure_of_imagenet_21k(tiny):
+    """Labels without names are numbers, and one split gives both parts."""
+    tiny.name = "tiny_taxonomy"
+    train, held_out = (data.open_source(tiny, split) for split in ("train[:90%]", "train[90%:]"))
+    assert (len(train), len(held_out), train.num_classes) == (18, 2, 21_841)
+    assert train.class_names == held_out.class_names == tuple(map(str, range(21_841)))
+    labels = {source[i]["label"] for source in (train, held_out) for i in range(len(source))}
+    assert labels == set(range(21_821, 21_841))
+    transform = data.ClassificationTransform(tiny, num_classes=train.num_classes, training=True)
+    assert transform(train[0], np.random.default_rng(0))["label"] == train[0]["label"]
 
 
 def test_tfds_source_travels(tiny):
