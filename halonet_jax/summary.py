@@ -197,7 +197,7 @@ def model_table(summaries: dict[str, Summary], file_format: str = "text") -> str
     for name, found in summaries.items():
         every = [spec for stage in found.stages for spec in stage.specs]
         specs, lambdas = [spec for spec in every if spec.block_size], sum(spec.kind == "lambda" for spec in every)
-        layers = found.implementations | ({"lambda": lambdas} if lambdas else {})
+        layers = found.implementations | ({"λ": lambdas} if lambdas else {})
         rows.append({
             "model": name, "image": _square((found.height, found.width)), **found.total._asdict(),
             "blocks": " ".join(str(len(stage.specs)) for stage in found.stages),

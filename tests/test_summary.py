@@ -92,7 +92,7 @@ def test_the_table_of_all_models_has_the_sizes_of_their_recipes(monkeypatch):
     rows = list(csv.DictReader(io.StringIO(summary.model_table(found, "csv"))))
     assert [(row["model"], row["image"], row["window"], row["attention"]) for row in rows] == [
         ("h0", "256", "14 14 14 14", "xla 16"), ("resnet50", "256", "", ""),
-        ("lamhalobotnet50ts_256", "256", "– 13 14 8", "xla 4, lambda 2"),
+        ("lamhalobotnet50ts_256", "256", "– 13 14 8", "xla 4, λ 2"),
     ]  # fmt: skip
     assert int(rows[0]["parameters"]) == 5_485_352
 
