@@ -45,7 +45,7 @@ def turned(orientation):
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    train(folder, max_steps=12, data__image_size="(16,24)")
+    train(folder, max_steps=12)
     return folder
 
 
@@ -225,7 +225,7 @@ def page(loaded):
 
 def test_the_page_classifies_an_image_and_shows_its_attention(page, loaded, photos):
     assert "<title>HaloNet</title>" in page.get("/").text
-    assert [page.get("/about").json()[key] for key in ("classes", "height", "width")] == [10, 16, 24]
+    assert [page.get("/about").json()[key] for key in ("classes", "height", "width")] == [10, 16, 16]
     found = page.post("/classify", content=(photos / "b_turned.png").read_bytes()).json()
     (prediction,) = predict.predict(loaded, [photos / "a.png"])
     assert [c["class"] for c in found["classes"]] == [name for name, _ in prediction.classes]
