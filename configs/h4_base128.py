@@ -1,9 +1,17 @@
 r"""H4 with base width 128, pre-trained from scratch on ImageNet-21k, 256 px, 90 epochs.
 
-    python -m halonet_jax.train --config=configs/h4_base128.py --workdir=WORKDIR \
-        --config.data.source=folder --config.data.dir=IMAGENET21K --config.data.eval_split=val
+From an image folder, DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg:
 
-TFDS has no ImageNet-21k, so the images come from a folder.
+    python -m halonet_jax.train --config=configs/h4_base128.py --workdir=WORKDIR \
+        --config.data.source=folder --config.data.dir=DIR --config.data.eval_split=val
+
+From a TFDS set that you prepared as array_record files, with an `image` and a class `label`, which needs no names. TFDS
+itself has no ImageNet-21k:
+
+    python -m halonet_jax.train --config=configs/h4_base128.py --workdir=WORKDIR \
+        --config.data.source=tfds --config.data.name=NAME --config.data.dir=DIR \
+        --config.data.train_split='train[:99%]' --config.data.eval_split='train[99%:]'
+
 Source: arXiv 2103.12731, transfer section and appendix. Parameters: 85.1 M with 1,000 classes.
 Published: 85.6 top-1 on ImageNet-1k after fine-tuning at 384 px, 85.8 at 512 px.
 """

@@ -1,8 +1,10 @@
 """Command-line handling that all entries share. A user's mistake ends in one line that says what to do."""
 
+import contextlib
 import errno
 import logging as python_logging
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
@@ -53,7 +55,10 @@ def run(
         f = flags.FLAGS
         if not alone:
             distributed.initialize(f.coordinator_address, f.num_processes, f.process_id, f.peer_timeout)
-        return main(argv[1:]) if positional else main()
+        code = main(argv[1:]) if positional else main()
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a full disk, or a reader that has gone, shows here and not when Python ends
+        return code
 
     code = 0
     try:
@@ -73,7 +78,9 @@ def run(
     except jax.errors.JaxRuntimeError as error:
         code = _runtime_failure(error)
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
+        if isinstance(error, BrokenPipeError) and _reader_has_gone():
+            code = stopping.EXIT_BROKEN_PIPE  # as of a program that SIGPIPE ends, such as `… | head`
+        elif isinstance(error, OSError) and error.errno in _DISK_TROUBLE:
             message = (
                 f"a file could not be written ({storage.reason(error)}); the last checkpoint is safe: "
                 f"{storage.remedy(error)}, then the same command resumes"
@@ -86,9 +93,19 @@ def run(
         jax.distributed.shutdown()  # waits for the others, which end with the same code
     if code:
         # Exit at once: other processes may wait for this one, and a thread may still compile a program.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, AttributeError):  # nobody reads it; None where it was closed at the start
+                stream.flush()
         os._exit(code)
+
+
+def _reader_has_gone():
+    """Whether it is the output that nobody reads any more, not a pipe of the program's own."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # not a file; None where it was closed at the start
+            poll.register(stream.fileno(), select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _quiet_orbax():
@@ -158,5 +175,6 @@ def _unknown_key(error):
 
 
 def _fail(error, code):
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"error: {error}", file=sys.stderr, flush=True)
     return code

@@ -74,10 +74,10 @@ class Viewer:
 
     def about(self) -> dict[str, Any]:
         """Returns what the page's head says of the model, as JSON values."""
-        loaded, size = self._loaded, self._loaded.config.data.image_size
+        loaded, (height, width) = self._loaded, self._loaded.image_shape
         return {
             "name": self._name, "architecture": loaded.config.model.name, "step": loaded.step, "weights": loaded.weights,
-            "classes": len(self._names), "image_size": size, "figures": loaded.figures,
+            "classes": len(self._names), "height": height, "width": width, "figures": loaded.figures,
         }  # fmt: skip
 
     def classify(self, encoded: bytes) -> dict[str, Any]:

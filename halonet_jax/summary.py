@@ -21,10 +21,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from halonet_jax import command_line, models, tasks
+from halonet_jax import config as config_lib
 from halonet_jax.costs import counting, floors
 from halonet_jax.errors import ConfigError
 from halonet_jax.models.blocks import BlockSpec
-from halonet_jax.weights import load
+from halonet_jax.weights import load, timm
 
 FORMATS = ("text", "markdown", "csv")
 DEFAULT_IMAGE_SIZE = 256
@@ -49,7 +50,7 @@ class Stage:
         specs: the stage's blocks.
         windows: side of the windows that its attention layers attend to, in pixels, each size once, in the order of the
             blocks; a (rows, columns) pair for each. This is b + 2h. If a block covers the map, it is the map with
-            padding="mask".
+            padding="mask". Of a lambda layer, it is the square that the position term reaches.
         implementations: "xla", "pallas" …: what runs its attention layers, each once.
         count: parameters, multiply-adds and activations.
     """
@@ -121,6 +122,7 @@ def summarize(model: models.HaloNet, height: int, width: int | None = None, batc
         implementations.setdefault(layer.stage, []).append(name)
     stages = []
     for number, specs in enumerate(backbone.stages, start=1):
+        windows.setdefault(number, []).extend(2 * (spec.context_size,) for spec in specs if spec.context_size)
         each = (tuple(dict.fromkeys(found.get(number, ()))) for found in (windows, implementations))
         stages.append(Stage(counts.maps[number - 1], specs, *each, counts.parts[str(number)]))
     return Summary(
@@ -144,11 +146,13 @@ def summarize_all(image_size: tuple[int, int] | None = None, batch: int = 1) -> 
 
 
 def recipe_size(name: str) -> int:
-    """Returns the side of the images in a model's recipe, in pixels; `DEFAULT_IMAGE_SIZE` where it has none.
+    """Returns the side of the images in a model's recipe, or timm's for its models, in pixels; else `DEFAULT_IMAGE_SIZE`.
 
     Args:
         name: of the model. A hybrid, such as "h7_conv12", has the size of its base.
     """
+    if name in timm.NAMES:
+        return timm.make_config(name).data.image_size
     return floors.IMAGE_SIZES.get(re.sub("_conv1(2(3)?)?$", "", name), DEFAULT_IMAGE_SIZE)
 
 
@@ -191,13 +195,15 @@ def model_table(summaries: dict[str, Summary], file_format: str = "text") -> str
     """
     rows = []
     for name, found in summaries.items():
-        specs = [spec for stage in found.stages for spec in stage.specs if spec.block_size]
+        every = [spec for stage in found.stages for spec in stage.specs]
+        specs, lambdas = [spec for spec in every if spec.block_size], sum(spec.kind == "lambda" for spec in every)
+        layers = found.implementations | ({"λ": lambdas} if lambdas else {})
         rows.append({
             "model": name, "image": _square((found.height, found.width)), **found.total._asdict(),
             "blocks": " ".join(str(len(stage.specs)) for stage in found.stages),
             "block": _each(spec.block_size for spec in specs), "halo": _each(spec.halo_size for spec in specs),
             "window": " ".join(_square(max(stage.windows)) if stage.windows else "–" for stage in found.stages) if specs else "",
-            "attention": ", ".join(f"{implementation} {n}" for implementation, n in found.implementations.items()),
+            "attention": ", ".join(f"{kind} {n}" for kind, n in layers.items()),
         })  # fmt: skip
     return table(dict.fromkeys(_MODEL_COLUMNS) if file_format == "csv" else _MODEL_COLUMNS, rows, file_format)
 
@@ -259,21 +265,22 @@ def main() -> int:
         return 0
     if f.model is not None:
         loaded = load(f.model)
-        model, config = loaded.model, loaded.config
+        task, config = loaded.task, loaded.config
     else:
-        model, config = _create(f.config), f.config
+        task, config = _make_task(f.config), f.config
+    model = task.model
     if not isinstance(model, models.HaloNet):
         raise ConfigError(f"task={config.task!r} trains a {type(model).__name__}; a summary is of a model of models.create")
-    print(stage_table(summarize(model, *(size or 2 * (config.data.image_size,)), f.batch_size), f.format))
+    height, width = size or task.transform(False).fields["image"].shape[:2]
+    print(stage_table(summarize(model, height, width, f.batch_size), f.format))
     return 0
 
 
-def _create(config: ml_collections.ConfigDict):
-    """Returns the model of a recipe. Its data need not be there."""
-    if config.data.image_size < 1:
-        raise ConfigError(f"data.image_size={config.data.image_size} must be at least 1; for example --image_size=256")
+def _make_task(config: ml_collections.ConfigDict):
+    """Returns the task of a recipe. Its data need not be there."""
+    config_lib.check_knob(config, "data.image_size")
     try:
-        return tasks.make_task(config, tasks.find(config).expected_metadata(config)).model
+        return tasks.make_task(config, tasks.find(config).expected_metadata(config))
     except ConfigError:
         raise
     except (ValueError, TypeError) as error:

@@ -82,10 +82,9 @@ BAD = (
     ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
     ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
-    ("data.source", "folder", 1, "set --config.data.dir=PATH"),
     ("model.stem", "pacth", 1, "stem='pacth' is unknown"),
     ("model.stage_kinds", ("conv", "conv", "conv", "atention"), 1, "'atention' is unknown; did you mean attention"),
-    ("data.image_size", 10**9, 1, "data.image_size=1000000000 must be a whole number between 8 and 8192; for example --config"),
+    ("data.image_size", 10**9, 1, "8 and 8192, or a tuple .height, width. of two; for example --config.data.image_size=256"),
     ("schedule.warmup_epochs", 400.0, 1, "schedule.warmup_epochs=400.0 must be between 0 and num_epochs=350.0"),
     ("num_epochs", 0.0, 1, "num_epochs=0 trains nothing"),
 )

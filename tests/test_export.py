@@ -17,7 +17,7 @@ import halonet_jax
 from halonet_jax import data, evaluate, export, exporting
 from halonet_jax.errors import CheckpointError, ConfigError, ExportError, UserError
 from halonet_jax.exporting import checking, savedmodel, stablehlo
-from halonet_jax.weights import hub
+from halonet_jax.weights import hub, portable
 
 FORMATS = ("weights", "stablehlo", "savedmodel")
 KERNEL = "tpu_custom_call"
@@ -25,10 +25,11 @@ KERNEL = "tpu_custom_call"
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A tiny run on the digits, with a moving average. Blocks do not divide the map of 6 pixels that the attention sees."""
+    """A tiny run on the digits, with a moving average. Blocks do not divide the map of 6 × 5 pixels that the attention sees."""
     folder = tmp_path_factory.mktemp("run") / "workdir"
     model = {"stage_kinds": "('attention', 'conv', 'conv', 'conv')", "block_size": 4, "halo_size": 1, "final_width": 32}
-    train(folder, max_steps=8, ema_decay=0.9, data__image_size=24, **{f"model__{key}": value for key, value in model.items()})
+    options = {"data__image_size": "(24,20)", **{f"model__{key}": value for key, value in model.items()}}
+    train(folder, max_steps=8, ema_decay=0.9, **options)
     return folder
 
 
@@ -113,7 +114,7 @@ def test_the_result_of_a_model_on_the_hub_does_not_go_into_its_cache(exported, t
 def test_one_program_for_all_platforms_and_batch_sizes(name, exported):
     program = jax.export.deserialize(bytearray((exported[0] / name).read_bytes()))
     assert program.platforms == ("cpu", "cuda", "tpu")
-    assert program.in_avals[-1].shape[1:] == (24, 24, 3) and not isinstance(program.in_avals[-1].shape[0], int)
+    assert program.in_avals[-1].shape[1:] == (24, 20, 3) and not isinstance(program.in_avals[-1].shape[0], int)
     assert program.mlir_module().count(KERNEL) == 1  # TPU's, for the attention layer
 
 
@@ -143,6 +144,16 @@ def test_names_cannot_break_out_of_the_card(exported):
     assert about["model-index"][0]["name"] == "a: [b]\n- c" and "license" not in about
     assert about["model-index"][0]["results"][0]["dataset"]["name"] == loaded.config.data.name
     assert "\n<script>" not in text.split("---\n\n", 1)[1]
+
+
+def test_no_path_of_this_machine_is_published(loaded, tmp_path):
+    config = loaded.config.copy_and_resolve_references()
+    config.data.source, config.data.dir, config.init_from = "folder", "/home/me/photos", "/home/me/runs/first"
+    about = portable.Portable(config, loaded.metadata, loaded.step, loaded.weights, loaded.figures)
+    portable.write(epath.Path(tmp_path), about, loaded.variables)
+    assert "/home/me" not in (tmp_path / "config.json").read_text()
+    with pytest.raises(UserError, match=r"data.source='folder' needs the folder that holds .*; set --data_dir=PATH$"):
+        evaluate.evaluate(model=str(tmp_path))
 
 
 # --- the command
@@ -330,7 +341,7 @@ def test_a_damaged_program_gives_one_line(name, message, exported, tmp_path):
 def test_snippets_of_the_documentation(exported, monkeypatch):
     """All of them, in order, in one namespace, in the folder that they name; the frozen weights stay as they are."""
     monkeypatch.chdir(exported[0].parent)
-    images = np.random.default_rng(0).integers(0, 256, (3, 24, 24, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 24, 20, 3), np.uint8)
     names = {"images": images, "labels": np.array([0, 1, 2])}
     text = (ROOT / "docs" / "export.md").read_text().replace("exported/", "digits/").replace('"exported"', '"digits"')
     for snippet in re.findall("```python\n(.*?)```", text, re.DOTALL):

@@ -33,7 +33,7 @@ RULES = {
     "evaluate": ({"errors", "runtime", "tasks", "command_line", "exporting", "evaluating"}, ANY_LIBRARY),
     "export": ({"errors", "runtime", "tasks", "command_line", "weights", "exporting"}, ANY_LIBRARY),
     "study": ({"errors", "runtime", "studies", "command_line"}, ANY_LIBRARY),
-    "summary": ({"errors", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
+    "summary": ({"errors", "config", "models", "costs", "tasks", "weights", "command_line"}, ANY_LIBRARY),
     "__init__": ({"weights"}, set()),
 }
 

@@ -225,7 +225,7 @@ def page(loaded):
 
 def test_the_page_classifies_an_image_and_shows_its_attention(page, loaded, photos):
     assert "<title>HaloNet</title>" in page.get("/").text
-    assert page.get("/about").json()["classes"] == 10
+    assert [page.get("/about").json()[key] for key in ("classes", "height", "width")] == [10, 16, 16]
     found = page.post("/classify", content=(photos / "b_turned.png").read_bytes()).json()
     (prediction,) = predict.predict(loaded, [photos / "a.png"])
     assert [c["class"] for c in found["classes"]] == [name for name, _ in prediction.classes]

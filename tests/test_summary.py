@@ -82,16 +82,17 @@ def test_stages_show_maps_windows_and_what_attends():
 
 def test_the_table_of_all_models_has_the_sizes_of_their_recipes(monkeypatch):
     recipes = {path.stem for path in pathlib.Path(ROOT, "configs").glob("*.py")} & set(models.names())
-    assert len(recipes) > 10
+    assert len(recipes) > 10 and [summary.recipe_size(name) for name in ("haloregnetz_b", "halonet26t")] == [224, 256]
     for name in recipes:
         assert summary.recipe_size(name) == config_lib.sibling(pathlib.Path(ROOT, "configs", "h0.py"), name).data.image_size
-    monkeypatch.setattr(models, "names", lambda: ("h0", "resnet50"))
+    monkeypatch.setattr(models, "names", lambda: ("h0", "resnet50", "lamhalobotnet50ts_256"))
     found = summary.summarize_all()
     text = summary.model_table(found)
     assert max(map(len, text.splitlines())) <= 100
     rows = list(csv.DictReader(io.StringIO(summary.model_table(found, "csv"))))
     assert [(row["model"], row["image"], row["window"], row["attention"]) for row in rows] == [
         ("h0", "256", "14 14 14 14", "xla 16"), ("resnet50", "256", "", ""),
+        ("lamhalobotnet50ts_256", "256", "– 13 14 8", "xla 4, λ 2"),
     ]  # fmt: skip
     assert int(rows[0]["parameters"]) == 5_485_352
 

@@ -4,7 +4,8 @@ Set a knob on the command line as `--config.SECTION.KEY=VALUE`, for example `--c
 the table `RUN` have no section: `--config.batch_size=1024`. A recipe in `configs/` sets only the knobs that it changes.
 
 Allowed values: `Whole(a, b)` is a whole number and `Real(a, b)` any number from a to b, both included; a `Whole` without
-an upper bound ends at 2**31 - 1. `Choice` is one of the names listed. `Tuple(rule, a, b)` has a to b elements.
+an upper bound ends at 2**31 - 1. `Size(a, b)` is a whole number or a pair of them, (height, width). `Choice` is one of the
+names listed. `Tuple(rule, a, b)` has a to b elements.
 
 Sources:
 - PAPER: arXiv 2103.12731 states the value (section 4 and appendix, for training on ImageNet from scratch).
@@ -17,9 +18,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_collections
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference
 
-from halonet_jax.config.rules import Choice, EmptyOr, Real, Rule, Switch, Text, Tuple, Whole
+from halonet_jax.config.rules import Choice, EmptyOr, Real, Rule, Size, Switch, Text, Tuple, Whole
 from halonet_jax.models import checks, variants
 from halonet_jax.ops import selection
 from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
@@ -139,19 +140,24 @@ DATA = (
     Knob("source", "tfds", Choice(SOURCES), "", OURS, "where images come from"),
     Knob("name", "imagenet2012", Text(), "", PAPER, "name of the TFDS data set"),
     Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS data folder, or root of an image folder"),
-    Knob("train_split", "train", Text(), "", PAPER, "split to train on"),
-    Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on"),
+    Knob("train_split", "train", Text(), "", PAPER, "split to train on, or a slice of it, such as train[:10%] or train[:100]"),
+    Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on, or a slice of it"),
     Knob("label_key", "label", Text(), "", OURS, "feature of the TFDS data set that is the label"),
-    Knob("image_size", 256, Whole(8, 8192), "pixels", PAPER, "side of the model's square input"),
+    Knob("classes", (), Tuple(Text(), 0, 2**15), "", OURS,
+         "names of the classes to keep, in any order; labels follow the data set's order; not with tfds; (): all",
+         ("5", "6", "7")),
+    Knob("image_size", 256, Size(8, 8192), "pixels", PAPER,
+         "side of the model's square input, or (height, width) of a rectangular one (OURS)"),
     Knob("max_pixels", 2**27, Whole(1, 2**40), "pixels", OURS,
          "an image with more pixels counts as corrupt; protects against headers that claim a huge size"),
-    Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN, "side of the central crop over the shorter side of the image"),
+    Knob("eval_crop", 0.875, Real(0.01, 1), "", OPEN,
+         "side of the central crop over that of the largest crop of its shape; for squares: over the image's shorter side"),
     Knob("interpolation", "area_bicubic", Choice(INTERPOLATIONS), "", OPEN,
          "area_bicubic: averages of 2x2 pixels, then bicubic, by OpenCV; bicubic: antialiased, by Pillow, as in timm"),
     Knob("crop_scale", (0.08, 1.0), Tuple(Real(1e-6, 1), 2, 2, rising=True), "", OPEN,
          "random resized crop: range of the share of the image's area"),
     Knob("crop_ratio", (3 / 4, 4 / 3), Tuple(Real(0.01, 100), 2, 2, rising=True), "", OPEN,
-         "random resized crop: range of width over height"),
+         "random resized crop: range of width over height, relative to that of image_size"),
     Knob("flip", True, Switch(), "", OPEN, "flip images horizontally, with probability 1/2"),
     Knob("randaugment_layers", 2, Whole(0, 100), "operations", IMPLIED,
          "number of RandAugment operations per image; 0: off"),
@@ -227,7 +233,9 @@ def build(sections: Mapping[str, tuple[Knob, ...]] = SECTIONS) -> ml_collections
     for section, table in sections.items():
         block = config if not section else ml_collections.ConfigDict()
         for knob in table:
-            block[knob.key] = placeholder(knob.allowed.type) if knob.default is None else knob.default
+            # A reference keeps its type: `None` has none, and a `Size` is a number or a tuple.
+            typed = knob.default is None or knob.allowed.type is object
+            block[knob.key] = FieldReference(knob.default, knob.allowed.type) if typed else knob.default
         if section:
             config[section] = block
     return config.lock()

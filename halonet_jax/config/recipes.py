@@ -105,7 +105,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     Returns:
         `config`.
     """
-    config.data = digits().data.copy_and_resolve_references()
+    config.data = digits().data
     config.data.image_size = 64
     config.batch_size = 16
     config.eval_batch_size = 64

@@ -1,4 +1,4 @@
-"""The kinds of value that a knob may hold: whole numbers, real numbers, text, choices, switches and tuples of these.
+"""The kinds of value that a knob may hold: whole numbers, sizes, real numbers, text, choices, switches and tuples of these.
 
 Each rule has `type`, the Python type that the config stores; `text`, the rule in words; `has_type(value)`; and
 `allows(value)`, which also checks the range. Rules for numbers reject NaN, infinities and bools.
@@ -27,6 +27,30 @@ class Whole(NamedTuple):
     def allows(self, value) -> bool:
         """Returns whether `value` is a whole number within the range."""
         return self.has_type(value) and self.least <= value <= self.most
+
+
+class Size(NamedTuple):
+    """The size of an image: a whole number from `least` to `most`, its side, or a tuple (height, width) of two."""
+
+    least: int
+    most: int
+    type = object
+
+    @property
+    def text(self) -> str:
+        """The rule in words, for error messages."""
+        return f"a whole number between {self.least} and {self.most}, or a tuple (height, width) of two"
+
+    def has_type(self, value) -> bool:
+        """Returns whether `value` is a whole number, or a tuple of two."""
+        sides = value if isinstance(value, tuple) and len(value) == 2 else (value,)
+        return all(isinstance(side, numbers.Integral) and not isinstance(side, bool) for side in sides)
+
+    def allows(self, value) -> bool:
+        """Returns whether `value` is a size within the range."""
+        return self.has_type(value) and all(
+            self.least <= side <= self.most for side in (value if isinstance(value, tuple) else (value,))
+        )
 
 
 class Real(NamedTuple):
@@ -155,4 +179,4 @@ class EmptyOr(NamedTuple):
         return value == () or self.other.allows(value)
 
 
-Rule = Whole | Real | Switch | Text | Choice | Tuple | EmptyOr
+Rule = Whole | Size | Real | Switch | Text | Choice | Tuple | EmptyOr

@@ -29,12 +29,10 @@ def validate(
     Raises:
         ConfigError: one line that states the value, the rule and the remedy.
     """
-    for key, knob in knobs.by_path(sections).items():
-        _check_knob(config, key, knob)
+    for key in knobs.by_path(sections):
+        check_knob(config, key, sections)
     _check_model(config)
     _check_schedule(config)
-    if config.data.source == "folder" and not config.data.dir:
-        raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
     if config.optimizer.name == "lamb" and config.model.scan:
         raise ConfigError(
             "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "
@@ -58,8 +56,20 @@ def show(value) -> str:
     return text if len(text) <= 80 else f"{text[:60]}...{text[-10:]}"
 
 
-def _check_knob(config, key, knob):
-    *section, name = key.split(".")
+def check_knob(
+    config: ml_collections.ConfigDict, key: str, sections: Mapping[str, tuple[knobs.Knob, ...]] = knobs.SECTIONS
+) -> None:
+    """Checks one knob by its table.
+
+    Args:
+        config: a config.
+        key: full key of the knob, such as "data.image_size".
+        sections: the tables of knobs, see `knobs.SECTIONS`.
+
+    Raises:
+        ConfigError: as `validate`.
+    """
+    knob, (*section, name) = knobs.by_path(sections)[key], key.split(".")
     try:
         value = (config[section[0]] if section else config)[name]
     except (KeyError, TypeError):

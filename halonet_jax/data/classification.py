@@ -23,7 +23,7 @@ class ClassificationTransform:
             images are not, so that ImageNet's accuracy stays comparable: published figures ignore the orientation.
 
     Attributes:
-        fields: `image`, uint8 [image_size, image_size, 3], and `label`, int32 [], or `labels`, bool [num_classes].
+        fields: `image`, uint8 [height, width, 3], and `label`, int32 [], or `labels`, bool [num_classes].
 
     Raises:
         DataError: for an unknown name in `randaugment_ops`.
@@ -44,12 +44,12 @@ class ClassificationTransform:
         self.num_classes, self.training, self.multi_label = num_classes, training, multi_label
         self.allowed = None if allowed is None else frozenset(allowed)
         self.upright = c.source == "folder" if upright is None else upright
-        self.image_size, self.eval_crop, self.max_pixels = c.image_size, c.eval_crop, c.max_pixels
+        self.image_size, self.eval_crop, self.max_pixels = images.height_and_width(c.image_size), c.eval_crop, c.max_pixels
         self.interpolation = c.interpolation
         self.crop_scale, self.crop_ratio, self.flip = tuple(c.crop_scale), tuple(c.crop_ratio), c.flip
         self.randaugment_layers, self.randaugment_magnitude = c.randaugment_layers, c.randaugment_magnitude
         self.randaugment_ops = tuple(c.randaugment_ops)
-        self.fields = {"image": Field((c.image_size, c.image_size, 3), "uint8")}
+        self.fields = {"image": Field((*self.image_size, 3), "uint8")}
         self.fields |= {"labels": Field((num_classes,), "bool")} if multi_label else {"label": Field((), "int32")}
 
     def __call__(self, record: dict[str, Any], rng: np.random.Generator | None) -> dict[str, np.ndarray]:

@@ -1,12 +1,14 @@
 """scikit-learn's handwritten digits, which need no download."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from halonet_jax.data import subsets
 from halonet_jax.errors import DataError
 
+CLASSES = tuple("0123456789")
 # One fixed split of scikit-learn's 1,797 scans: a fifth held out, classes in proportion.
 _TEST_SIZE = 360
 _SPLIT_SEED = 0
@@ -49,23 +51,34 @@ class DigitsSource:
     The scans ship with scikit-learn; `scans` splits them.
 
     Args:
-        split: "train" or "test".
+        split: "train" or "test", or a slice of one, such as "train[:100]" (see `subsets.slice_rows`).
         role: as of `scans`.
+        classes: the classes to keep, from "0" to "9"; empty: all. The slice is of their examples alone.
         flag: as of `scans`.
 
     Attributes:
-        class_names: "0" to "9".
+        class_names: "0" to "9", or those that were kept, rising.
 
     Raises:
-        DataError: for another split; the message lists the two.
+        DataError: for another split or class, or an impossible slice.
     """
 
-    class_names = tuple("0123456789")
-
-    def __init__(self, split: str, role: str = "eval_split", *, flag: Callable[[str], str] = "--config.{}".format):
-        ink, self._labels, _ = scans(split, role, flag=flag)
-        gray = np.round(ink * (255 / 16)).astype(np.uint8)
+    def __init__(
+        self,
+        split: str,
+        role: str = "eval_split",
+        *,
+        classes: Sequence[str] = (),
+        flag: Callable[[str], str] = "--config.{}".format,
+    ):
+        ink, digits, _ = scans(subsets.split_name(split), role, flag=flag)
+        self.class_names = subsets.keep_classes(CLASSES, classes, "digits")
+        labels = np.array([self.class_names.index(c) if c in self.class_names else -1 for c in CLASSES])[digits]
+        rows = np.flatnonzero(labels >= 0)
+        rows = rows[subsets.slice_rows(labels[rows], split, subsets.flag_of(flag, role))]
+        gray = np.round(ink[rows] * (255 / 16)).astype(np.uint8)
         self._images = np.repeat(gray[..., None], 3, axis=-1)
+        self._labels = labels[rows]
         self._split = split
 
     @property

@@ -21,6 +21,8 @@ def no_root(root: str, flag: Callable[[str], str]) -> str:
         root: as given, "~" expanded.
         flag: spells the flag of a config key; "" where there is none.
     """
+    if not root:
+        return f"data.source='folder' needs the folder that holds <split>/<class>/*.jpg; {_set(flag, 'data.dir')}=PATH"
     kind = "a file, not a folder; unpack it if it is an archive, and" if os.path.exists(root) else "no folder;"
     return f"data.dir {root!r} is {kind} {_set(flag, 'data.dir')} to the folder that holds the splits"
 

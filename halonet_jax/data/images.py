@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import numbers
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -154,47 +156,61 @@ def _check_end(jpeg):
 _NO_LENGTH = {bytes([b]) for b in (0x00, 0x01, 0xFF, *range(0xD0, 0xDA))}
 
 
-def resize(image: np.ndarray, size: int, interpolation: str = "area_bicubic") -> np.ndarray:
-    """Resizes [h, w, 3] to [size, size, 3].
+def height_and_width(size: int | Sequence[int]) -> tuple[int, int]:
+    """Returns (height, width), pixels.
+
+    Args:
+        size: the side of a square, or (height, width).
+    """
+    return (size, size) if isinstance(size, numbers.Integral) else tuple(size)
+
+
+def resize(image: np.ndarray, size: int | Sequence[int], interpolation: str = "area_bicubic") -> np.ndarray:
+    """Resizes [h, w, 3] to the side, or to the height and width, `size`.
 
     "area_bicubic" averages 2×2 pixels while that leaves enough, then is bicubic. So a strong reduction does not alias,
     and costs a tenth of OpenCV's area averaging by an odd factor. An odd last row or column is left out of an average.
     "bicubic" is Pillow's filter, which widens with the reduction.
     """
+    height, width = height_and_width(size)
     if interpolation == "bicubic":
-        return _pillow_bicubic(image, size, size)
-    while min(image.shape[:2]) >= 2 * size:
+        return _pillow_bicubic(image, height, width)
+    while image.shape[0] >= 2 * height and image.shape[1] >= 2 * width:
         h, w = image.shape[0] // 2, image.shape[1] // 2
         image = cv2.resize(image[: 2 * h, : 2 * w], (w, h), interpolation=cv2.INTER_AREA)
-    if image.shape[:2] == (size, size):
+    if image.shape[:2] == (height, width):
         return image
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def random_resized_crop(
     image: np.ndarray,
     rng: np.random.Generator,
-    size: int,
+    size: int | Sequence[int],
     scale: tuple[float, float],
     ratio: tuple[float, float],
     interpolation: str = "area_bicubic",
 ) -> np.ndarray:
-    """Crops a random rectangle and resizes it to a square (Inception crop, arXiv 1409.4842, section 6).
+    """Crops a random rectangle and resizes it (Inception crop, arXiv 1409.4842, section 6).
 
-    After ten rectangles that do not fit, the largest central one whose shape lies within `ratio` is taken.
+    After ten rectangles that do not fit, the largest central one whose shape lies within `ratio` is taken. For a result that
+    is no square, `ratio` is relative to its shape, so that it bounds how much objects are stretched. torchvision and timm
+    take it as it is there.
 
     Args:
         image: [h, w, 3].
         rng: draws the rectangle.
-        size: side of the result, pixels.
+        size: side, or height and width, of the result, pixels.
         scale: range of the rectangle's share of the area, uniform.
-        ratio: range of its width over height, log-uniform.
+        ratio: range of its width over height, over that of the result, log-uniform.
         interpolation: of `resize`.
 
     Returns:
-        [size, size, 3].
+        [height, width, 3].
     """
     h, w = image.shape[:2]
+    height, width = height_and_width(size)
+    ratio = ratio[0] * (width / height), ratio[1] * (width / height)
     log_ratio = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_TRIES):
         area = h * w * rng.uniform(*scale)
@@ -213,26 +229,45 @@ def horizontal_flip(image: np.ndarray) -> np.ndarray:
     return cv2.flip(image, 1)
 
 
-def center_crop(image: np.ndarray, size: int, fraction: float) -> np.ndarray:
-    """Resizes the central square, whose side is `fraction` of the image's shorter side, to [size, size, 3]."""
-    side = max(1, round(fraction * min(image.shape[:2])))
-    return resize(_central(image, side, side), size)
+def center_crop(image: np.ndarray, size: int | Sequence[int], fraction: float) -> np.ndarray:
+    """Resizes the central rectangle of the result's shape to that result.
 
-
-def resize_and_crop(image: np.ndarray, size: int, fraction: float) -> np.ndarray:
-    """Resizes by antialiased bicubic, then crops the central [size, size, 3], as timm and torchvision do.
+    Its sides are `fraction` of those of the largest such rectangle. For a square, this is `fraction` of the image's shorter
+    side.
 
     Args:
         image: [h, w, 3].
-        size: side of the result, pixels.
-        fraction: `size` over the shorter side between the two steps; timm's `crop_pct`.
+        size: side, or height and width, of the result, pixels.
+        fraction: as above.
     """
-    h, w = image.shape[:2]
-    short = max(size, math.floor(size / fraction))
-    scaled_h, scaled_w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    (h, w), (height, width) = image.shape[:2], height_and_width(size)
+    if h * width <= w * height:  # the height bounds the rectangle
+        sides = fraction * h, fraction * h * (width / height)
+    else:
+        sides = fraction * w * (height / width), fraction * w
+    return resize(_central(image, *(max(1, round(side)) for side in sides)), size)
+
+
+def resize_and_crop(image: np.ndarray, size: int | Sequence[int], fraction: float) -> np.ndarray:
+    """Resizes by antialiased bicubic, then crops the centre, as timm and torchvision do.
+
+    Args:
+        image: [h, w, 3].
+        size: side, or height and width, of the result, pixels.
+        fraction: the result's sides over those of the smallest resized image that holds it; timm's `crop_pct`. For a square:
+            over the shorter side between the two steps.
+    """
+    (h, w), (height, width) = image.shape[:2], height_and_width(size)
+    if height == width:
+        short = max(height, math.floor(height / fraction))
+        scaled_h, scaled_w = (short, int(short * w / h)) if h <= w else (int(short * h / w), short)
+    else:  # timm's ResizeKeepRatio
+        least = max(height, math.floor(height / fraction)), max(width, math.floor(width / fraction))
+        ratio = min(h / least[0], w / least[1])
+        scaled_h, scaled_w = round(h / ratio), round(w / ratio)
     image = _pillow_bicubic(image, scaled_h, scaled_w)
-    top, left = round((scaled_h - size) / 2), round((scaled_w - size) / 2)
-    return np.ascontiguousarray(image[top : top + size, left : left + size])
+    top, left = round((scaled_h - height) / 2), round((scaled_w - width) / 2)
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _pillow_bicubic(image, height, width):
@@ -242,7 +277,7 @@ def _pillow_bicubic(image, height, width):
 
 
 def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) -> np.ndarray:
-    """Random resized crop, flip, RandAugment, as configured; uint8 [h, w, 3] to [size, size, 3]."""
+    """Random resized crop, flip, RandAugment, as configured; uint8 [h, w, 3] to `image_size`."""
     c = data_config
     image = random_resized_crop(image, rng, c.image_size, c.crop_scale, c.crop_ratio, c.interpolation)
     if c.flip and rng.random() < 0.5:
@@ -253,7 +288,7 @@ def train_transform(image: np.ndarray, rng: np.random.Generator, data_config) ->
 
 
 def eval_transform(image: np.ndarray, data_config) -> np.ndarray:
-    """Central crop, as configured; uint8 [h, w, 3] to [size, size, 3]."""
+    """Central crop, as configured; uint8 [h, w, 3] to `image_size`."""
     if data_config.interpolation == "bicubic":
         return resize_and_crop(image, data_config.image_size, data_config.eval_crop)
     return center_crop(image, data_config.image_size, data_config.eval_crop)

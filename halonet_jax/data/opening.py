@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from halonet_jax.data import subsets
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Source
 from halonet_jax.data.folder import FolderSource
@@ -24,7 +25,7 @@ def open_source(
 
     Args:
         data_config: the config's `data` block; what its source needs is read.
-        split: "train", "validation", ...; with TFDS also a slice such as "train[:90%]".
+        split: "train", "validation", ..., or a slice such as "train[:90%]".
         class_names: the classes that labels must mean, such as those of a checkpoint. None: those of the data set
             itself. With them, an image folder does not need its train split.
         multi_label: whether an image may have any number of labels. Training needs one.
@@ -45,15 +46,23 @@ def open_source(
             f"data.label_key={data_config.label_key!r} is for TFDS data sets, and data.source is {data_config.source!r}; leave"
             f" {flag('data.label_key') or 'data.label_key'} out"
         )
+    classes = tuple(data_config.classes)
     if data_config.source == "folder":
-        return FolderSource(data_config.dir, split, data_config.train_split, role, class_names=class_names, flag=flag)
+        return FolderSource(
+            data_config.dir, split, data_config.train_split, role, class_names=class_names, classes=classes, flag=flag
+        )
+    if data_config.source == "tfds" and classes:
+        raise DataError(
+            f"data.classes={classes} does not work with data.source=tfds, which has no index of labels; export the images of"
+            " these classes to DIR/<split>/<class>/ and train with data.source=folder, or set data.classes=()"
+        )
     if data_config.source == "digits":
-        source = DigitsSource(split, role, flag=flag)
+        source = DigitsSource(split, role, classes=classes, flag=flag)
     elif data_config.source == "digit_scenes":
         c = data_config
         source = DigitScenes(
-            split, count=c.num_train_scenes if split == "train" else c.num_eval_scenes, size=c.scene_size, label=c.scene_label,
-            difficulty=c.scene_difficulty, role=role, flag=flag,
+            split, count=c.num_train_scenes if subsets.split_name(split) == "train" else c.num_eval_scenes, size=c.scene_size,
+            label=c.scene_label, difficulty=c.scene_difficulty, classes=classes, role=role, flag=flag,
         )  # fmt: skip
     elif data_config.source == "tfds":
         source = TfdsSource(data_config.name, data_config.dir, split, role, data_config.label_key, flag=flag)

@@ -5,12 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from halonet_jax.data import drawing
-from halonet_jax.data.digits import scans
+from halonet_jax.data import drawing, subsets
+from halonet_jax.data.digits import CLASSES, scans
 from halonet_jax.data.layouts import LABELS, Layouts
 from halonet_jax.errors import DataError
 
-_CLASSES = tuple("0123456789")
 _STREAMS = {"train": 0, "test": 1}
 _BANK = 8  # textures and layers of clutter, each twice as wide as the canvas; a scene cuts its own place from one of each
 _MASK = int(0.35 * drawing.FULL)  # a pixel belongs to a digit if it has more ink
@@ -29,39 +28,39 @@ class DigitScenes:
     - "largest": the largest digit, of one to five that are a ninth to four ninths of the canvas. For detection.
 
     Args:
-        split: "train" or "test".
-        count: number of scenes.
+        split: "train" or "test", or a slice of one, such as "train[:100]".
+        count: number of scenes in the whole split.
         size: side of the canvas, pixels, 48 to 256.
         label: one of `LABELS`.
         difficulty: 0 to 1. More means more digits, of sizes that differ more (both but for "largest"), more clutter and
             noise, and less contrast.
         seed: of the scenes.
-        classes: names of the digits that scenes have, by label. Empty: "0" to "9".
+        classes: the digits that scenes have, from "0" to "9"; empty: all.
         role: as of `halonet_jax.data.digits.scans`.
         flag: likewise.
 
     Attributes:
-        class_names: the digits, by label.
+        class_names: "0" to "9", or those of `classes`, rising.
         rows: rows of the split's scans among scikit-learn's 1,797, int64 [n].
 
     Raises:
-        DataError: for another split, label or class.
+        DataError: for another split, label or class, or an impossible slice.
     """
 
     def __init__(
         self, split: str, *, count: int, size: int = 64, label: str = "most", difficulty: float = 0.0, seed: int = 0,
         classes: Sequence[str] = (), role: str = "eval_split", flag: Callable[[str], str] = "--config.{}".format,
     ):  # fmt: skip
-        ink, digits, rows = scans(split, role, flag=flag, source="digit_scenes")
+        name = subsets.split_name(split)
+        ink, digits, rows = scans(name, role, flag=flag, source="digit_scenes")
         if label not in LABELS:
             raise DataError(f"digit scenes have no label {label!r}; use one of {', '.join(LABELS)}")
-        self.class_names = tuple(classes) or _CLASSES
-        if set(self.class_names) - set(_CLASSES) or len(set(self.class_names)) < len(self.class_names):
-            raise DataError(f"classes={self.class_names} must be different names of {', '.join(_CLASSES)}, such as ('3', '7')")
+        self.class_names = subsets.keep_classes(CLASSES, classes, "digit_scenes")
         chosen = np.isin(digits, [int(name) for name in self.class_names])
         self._scans, self.rows = ink[chosen].astype(np.float32), rows[chosen]
         of_class = [np.flatnonzero(digits[chosen] == int(name)).tolist() for name in self.class_names]
-        self._split, self._stream, self._count, self._size = split, _STREAMS[split], count, size
+        self._split, self._stream, self._size = split, _STREAMS[name], size
+        self._begin, self._end = subsets.bounds(count, split, subsets.flag_of(flag, role))
         self._difficulty, self._seed, self._framed = round(100 * difficulty), seed, label == "left"
         self._layouts = Layouts(label, size, self._difficulty, of_class)
         draws = drawing.Draws(seed, 2 + self._stream, 0)
@@ -74,7 +73,7 @@ class DigitScenes:
         return len(self.class_names)
 
     def __len__(self) -> int:
-        return self._count
+        return self._end - self._begin
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image, label, _, _ = self._draw(index)
@@ -114,7 +113,7 @@ class DigitScenes:
 
     def _draw(self, index):
         """Image, label, digits and the ink of each."""
-        draws, hard, size = drawing.Draws(self._seed, self._stream, index), self._difficulty, self._size
+        draws, hard, size = drawing.Draws(self._seed, self._stream, self._begin + index), self._difficulty, self._size
         noise = draws.bytes(size, size, 3)
         label, digits = self._layouts.draw(draws)
         base = draws.between(40, 40 + 140 * hard // 100)

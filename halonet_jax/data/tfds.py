@@ -162,16 +162,17 @@ def _tfds_builder(name, data_dir, flag):
         _keep_tensorflow_off_accelerators()
     if not builder.data_path.exists() or not builder.info.splits:
         root = os.fspath(builder.data_path).removesuffix(builder.info.full_name).rstrip("/")
+        elsewhere = f"set {_setting(flag, 'data.dir')} to where it is, or "
         if "://" in root:
             raise NotPrepared(
-                f"TFDS data set {name!r} is not prepared in {root}; prepare it in a local folder, as array_record, and copy"
-                f" that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
+                f"TFDS data set {name!r} is not prepared in {root}; {elsewhere}prepare it in a local folder, as array_record, and"
+                f" copy that with\n  gcloud storage rsync --recursive FOLDER {root}\n(docs/tpu_pods.md goes through it)"
             )
         arguments = f"'{name}', data_dir='{root}', file_format='array_record'"
         command = f'python -c "import tensorflow_datasets as tfds; tfds.builder({arguments}).download_and_prepare()"'
         note = _manual_archives(name, root)
         raise NotPrepared(
-            f"TFDS data set {name!r} is not prepared in {root}; prepare it once with\n  {command}\n"
+            f"TFDS data set {name!r} is not prepared in {root}; {elsewhere}prepare it once with\n  {command}\n"
             f"(or tfds build {name} --file_format=array_record --data_dir={root}, where apache-beam is installed)"
             + (f"\n{note}" if note else ""),
             command,

@@ -103,6 +103,8 @@ def open_subject(
         raise ConfigError(f"--format={format} is for exports, and {path} holds timm's weights; leave --format out")
     format = "weights" if imported else exporting.find(path, format) if exported else None
     trained_on = dict(config.data)
+    if exported and not trained_on["dir"]:
+        trained_on["dir"] = data["dir"] or ""  # an export does not say where its data was
     _configure(config, data, batch_size, one_device=format not in (None, "weights"))
     if not exported:
         workdir_lib.use_compile_cache(path)

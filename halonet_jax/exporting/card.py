@@ -28,22 +28,22 @@ _USE = {
     "weights": """import halonet_jax
 
 model = halonet_jax.load("FOLDER")  # or hf://OWNER/NAME
-logits = model.logits(images)  # uint8 [batch, SIZE, SIZE, 3]""",
+logits = model.logits(images)  # uint8 [batch, HEIGHT, WIDTH, 3]""",
     "stablehlo": """import safetensors.flax
 from jax import export
 
 with open("FOLDER/model_uint8.stablehlo", "rb") as file:
     model = export.deserialize(bytearray(file.read()))
 weights = safetensors.flax.load_file("FOLDER/model.safetensors")
-logits = model.call(weights, images)  # uint8 [batch, SIZE, SIZE, 3]""",
+logits = model.call(weights, images)  # uint8 [batch, HEIGHT, WIDTH, 3]""",
     "savedmodel": """import tensorflow as tf
 
 model = tf.saved_model.load("FOLDER/savedmodel")
-logits = model.signatures["serving_default"](images=tf.constant(images))["logits"]  # uint8 [batch, SIZE, SIZE, 3]""",
+logits = model.signatures["serving_default"](images=tf.constant(images))["logits"]  # uint8 [batch, HEIGHT, WIDTH, 3]""",
     "onnx": """import onnxruntime
 
 model = onnxruntime.InferenceSession("FOLDER/model.onnx")
-logits = model.run(["logits"], {"images": images})[0]  # uint8 [batch, SIZE, SIZE, 3]""",
+logits = model.run(["logits"], {"images": images})[0]  # uint8 [batch, HEIGHT, WIDTH, 3]""",
 }
 
 
@@ -56,21 +56,25 @@ def make(loaded: Loaded, formats: Sequence[str], title: str) -> str:
         title: name of the model, one line.
     """
     config, figures = loaded.config, _figures(loaded.figures)
-    data, size = config.data.name if config.data.source == "tfds" else config.data.source, config.data.image_size
+    data = config.data.name if config.data.source == "tfds" else config.data.source
+    height, width = loaded.image_shape
     parameters = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
     average = ", moving average of the weights" if loaded.weights == "ema" else ""
     paragraphs = [
         _front_matter(title, data, config.data.eval_split, figures, formats),
         f"# {_plain(title)}",
         f"HaloNet {config.model.name} ({_PAPER}) for image classification, trained with halonet_jax: {parameters:,} parameters, "
-        f"{len(loaded.metadata['class_names'])} classes, images of {size} × {size} pixels. Step {loaded.step}{average}.",
+        f"{len(loaded.metadata['class_names'])} classes, images of {height} × {width} pixels. Step {loaded.step}{average}.",
         *_changes(config),
         "## Figures",
         _table(loaded, data, figures),
         "## Preprocessing",
-        f"{_preprocessing(config)} `config.json` holds the numbers and the class names, in the order of the logits.",
+        f"{_preprocessing(loaded)} `config.json` holds the numbers and the class names, in the order of the logits.",
         "## Use",
-        *(f"{name}:\n\n```python\n{_USE[name].replace('FOLDER', '.').replace('SIZE', str(size))}\n```" for name in formats),
+        *(
+            f"{name}:\n\n```python\n{_USE[name].replace('FOLDER', '.').replace('HEIGHT, WIDTH', f'{height}, {width}')}\n```"
+            for name in formats
+        ),
         "`export.json` says how far each format's logits were from the checkpoint's.",
     ]
     return "\n\n".join(paragraphs) + "\n"
@@ -123,10 +127,13 @@ def _changes(config):
     return [f"It differs from the paper's {config.model.name} in {', '.join(changed)}."] if changed else []
 
 
-def _preprocessing(config):
-    d = config.data
+def _preprocessing(loaded):
+    d, (height, width) = loaded.config.data, loaded.image_shape
+    whole, size = "shorter side", f"{height} pixels"
+    if height != width:
+        whole, size = "largest rectangle of its shape", f"height {height} and width {width}"
     return (
-        f"Central crop of {d.eval_crop:g} of the shorter side, resized to {d.image_size} pixels, RGB; then (x / 255 − mean) / std "
+        f"Central crop of {d.eval_crop:g} of the {whole}, resized to {size}, RGB; then (x / 255 − mean) / std "
         f"with mean {tuple(d.mean)} and std {tuple(d.std)}. Where images go in as uint8, the model does the latter itself."
     )
 

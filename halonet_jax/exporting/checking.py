@@ -46,21 +46,22 @@ def cpu_mesh() -> jax.sharding.Mesh:
         raise ConfigError(f"JAX_PLATFORMS={platforms} leaves out the CPU, which checks exports; add ',cpu' to it") from None
 
 
-def sample_images(size: int) -> np.ndarray:
+def sample_images(height: int, width: int) -> np.ndarray:
     """Returns images to compare on: noise, coarse noise, a gradient, and two blank ones, which loaders pad batches with.
 
     Args:
-        size: height and width, in pixels.
+        height: in pixels.
+        width: in pixels.
 
     Returns:
-        uint8 [5, size, size, 3]
+        uint8 [5, height, width, 3]
     """
     rng = np.random.default_rng(0)
-    images = np.zeros((max(BATCH_SIZES), size, size, 3), np.uint8)
-    images[0] = rng.integers(0, 256, (size, size, 3))
-    coarse = rng.integers(0, 256, (-(-size // 8), -(-size // 8), 3))
-    images[1] = coarse.repeat(8, 0).repeat(8, 1)[:size, :size]
-    images[2] = np.linspace(0, 255, size)[:, None, None]
+    images = np.zeros((max(BATCH_SIZES), height, width, 3), np.uint8)
+    images[0] = rng.integers(0, 256, (height, width, 3))
+    coarse = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3))
+    images[1] = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
+    images[2] = np.linspace(0, 255, height)[:, None, None]
     return images
 
 
@@ -88,7 +89,7 @@ def compare(
     Args:
         artefact: name of the file or folder, for messages.
         run: its runner.
-        images: uint8 [B, size, size, 3].
+        images: uint8 [B, height, width, 3].
         expected: of `expected_logits`.
         share: the tolerance, as a share of the largest logit or of 1.
 

@@ -82,7 +82,7 @@ def check_out(out: str | Path, overwrite: bool) -> Path:
 
 def _fill(folder, loaded, names, title, log):
     begin = time.monotonic()
-    images = checking.sample_images(loaded.config.data.image_size)
+    images = checking.sample_images(*loaded.image_shape)
     expected = checking.expected_logits(loaded, images)
     log(f"checkpoint: logits of {len(images)} images in {time.monotonic() - begin:.1f} s")
     about = portable.Portable(loaded.config, loaded.metadata, loaded.step, loaded.weights, loaded.figures)

@@ -12,7 +12,7 @@ from halonet_jax.exporting import onnx, savedmodel, stablehlo, weights
 from halonet_jax.training.task import Task
 from halonet_jax.weights import Loaded, portable
 
-# uint8 [B, image_size, image_size, 3] -> float32 [B, num_classes]
+# uint8 [B, height, width, 3] -> float32 [B, num_classes]
 Runner = Callable[[np.ndarray], np.ndarray]
 
 

@@ -1,6 +1,6 @@
 """Format `onnx`, by `jax2onnx`: one file, which onnxruntime and other runtimes run.
 
-The model takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32.
+The model takes `images`, uint8 `[batch, height, width, 3]`, and returns `logits`, float32.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     if backbone.scan:
         variables = jax.tree.map(np.asarray, transfer.unstack_blocks(variables, backbone.stages))
     model = loaded.model.clone(backbone=backbone.clone(attention_impl="xla", remat=False, scan=False))
-    size, mesh = loaded.config.data.image_size, checking.cpu_mesh()
+    (height, width), mesh = loaded.image_shape, checking.cpu_mesh()
 
     def predict(images):
         # With a mesh the platform is known, and the program holds no choice of platform, which jax2onnx does not convert.
@@ -54,7 +54,7 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
 
     with _quiet():
         converted = jax2onnx.to_onnx(
-            predict, [jax.ShapeDtypeStruct(("batch", size, size, 3), jnp.uint8)], model_name="halonet_jax",
+            predict, [jax.ShapeDtypeStruct(("batch", height, width, 3), jnp.uint8)], model_name="halonet_jax",
             input_names=["images"], output_names=["logits"],
         )  # fmt: skip
     if converted.ByteSize() >= _LIMIT:

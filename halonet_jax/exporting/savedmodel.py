@@ -1,6 +1,6 @@
 """Format `savedmodel`: TensorFlow's own, by `jax2tf`. It runs in plain TensorFlow and in TensorFlow Serving.
 
-The signature `serving_default` takes `images`, uint8 `[batch, size, size, 3]`, and returns `logits`, float32. It holds a
+The signature `serving_default` takes `images`, uint8 `[batch, height, width, 3]`, and returns `logits`, float32. It holds a
 program for CPU and one for CUDA.
 """
 
@@ -31,18 +31,18 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     from jax.experimental import jax2tf
 
     tf = _tensorflow()
-    size = loaded.config.data.image_size
+    height, width = loaded.image_shape
 
     def predict(variables, images):
         return loaded.task.predict(variables["params"], variables["batch_stats"], {"image": images})
 
     converted = jax2tf.convert(
-        predict, polymorphic_shapes=[None, f"batch, {size}, {size}, 3"], with_gradient=False,
+        predict, polymorphic_shapes=[None, f"batch, {height}, {width}, 3"], with_gradient=False,
         native_serialization_platforms=PLATFORMS,
     )  # fmt: skip
     module = tf.Module()
     module.weights = jax.tree.map(lambda x: tf.Variable(np.asarray(x), trainable=False), loaded.variables)
-    images = tf.TensorSpec((None, size, size, 3), tf.uint8, name="images")
+    images = tf.TensorSpec((None, height, width, 3), tf.uint8, name="images")
     serve = tf.function(
         lambda images: {"logits": converted(_plain(module.weights), images)}, input_signature=[images], autograph=False
     )

@@ -43,10 +43,10 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     def from_normalized(weights, images):
         return loaded.model.apply(variables(weights), images, train=False)
 
-    size = loaded.config.data.image_size
+    height, width = loaded.image_shape
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
     for name, function, dtype in ((IMAGES, from_images, jnp.uint8), (NORMALIZED, from_normalized, jnp.float32)):
-        images = jax.ShapeDtypeStruct(export.symbolic_shape(f"batch, {size}, {size}, 3"), dtype)
+        images = jax.ShapeDtypeStruct(export.symbolic_shape(f"batch, {height}, {width}, 3"), dtype)
         (folder / name).write_bytes(export.export(jax.jit(function), platforms=PLATFORMS)(abstract, images).serialize())
 
 

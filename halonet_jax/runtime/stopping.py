@@ -23,6 +23,7 @@ EXIT_NON_FINITE = 70  # EX_SOFTWARE
 EXIT_STORAGE = 74  # EX_IOERR: the workdir cannot be written
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: the state is saved, the same command resumes
 EXIT_INTERRUPTED = 130  # 128 + SIGINT: a second Ctrl-C, which does not wait for the end of the step
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE: nobody reads the output any more, as in `… | head`
 
 
 class StopRequest:

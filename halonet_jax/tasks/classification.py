@@ -56,7 +56,7 @@ def expected_metadata(config: ml_collections.ConfigDict) -> dict:
         As `metadata`.
     """
     name = config.data.name if config.data.source == "tfds" else config.data.source
-    classes = range(_NUM_CLASSES.get(name, 1000))
+    classes = range(len(set(config.data.classes)) or _NUM_CLASSES.get(name, 1000))
     return {"class_names": [str(n) for n in classes], "preprocessing": _preprocessing(config)}
 
 
@@ -66,8 +66,9 @@ _INTERPOLATIONS = {"area_bicubic": "area, then bicubic", "bicubic": "antialiased
 
 def _preprocessing(config):
     d = config.data
+    size = list(d.image_size) if isinstance(d.image_size, tuple) else d.image_size  # as JSON gives it back
     return {
-        "image_size": d.image_size, "eval_crop": d.eval_crop, "interpolation": _INTERPOLATIONS[d.interpolation],
+        "image_size": size, "eval_crop": d.eval_crop, "interpolation": _INTERPOLATIONS[d.interpolation],
         "mean": list(d.mean), "std": list(d.std),
     }  # fmt: skip
 
@@ -94,13 +95,13 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     """
     num_classes, data_config = len(metadata["class_names"]), config.data
     model = make_model(config, num_classes)
+    height, width = data.height_and_width(data_config.image_size)
 
     def normalize(images):
         return mixing.normalize(images, data_config.mean, data_config.std, jnp.dtype(config.model.dtype))
 
     def init(rng):
-        size = data_config.image_size
-        variables = model.init(rng, jnp.zeros((1, size, size, 3)), train=False)
+        variables = model.init(rng, jnp.zeros((1, height, width, 3)), train=False)
         return variables["params"], variables.get("batch_stats", {})
 
     def loss(params, model_state, batch, rng):
@@ -128,8 +129,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         return data.ClassificationTransform(data_config, num_classes=num_classes, training=training)
 
     def describe():
-        size = data_config.image_size
-        return model.describe(config.batch_size // config.optimizer.accumulation_steps, size, size)
+        return model.describe(config.batch_size // config.optimizer.accumulation_steps, height, width)
 
     def adapt(variables, other_model, other_metadata):
         classes = other_metadata["class_names"], metadata["class_names"]

@@ -48,6 +48,11 @@ class Loaded:
         """The Flax module: `model.apply(variables, normalised_images, train=False)`."""
         return self.task.model
 
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images that the model was trained for."""
+        return self.task.transform(False).fields["image"].shape[:2]
+
     def logits(self, images: Any) -> jax.Array:
         """Returns the logits `[B, num_classes]`, float32.
 

@@ -105,7 +105,7 @@ def write_weights(folder: epath.Path, variables: Mapping[str, Any]) -> None:
 
 
 def write_config(folder: epath.Path, about: Portable) -> None:
-    """Writes `config.json`.
+    """Writes `config.json`. It names no path of this machine: `data.dir` and `init_from` are left out.
 
     Args:
         folder: where it goes.
@@ -114,9 +114,11 @@ def write_config(folder: epath.Path, about: Portable) -> None:
     Raises:
         OSError: the file cannot be written.
     """
+    config = about.config.to_dict()
+    config["init_from"] = config["data"]["dir"] = ""  # paths of this machine; the folder may be published
     content = {
         "format": "halonet_jax", "format_version": FORMAT_VERSION, "halonet_jax": __version__, "step": about.step,
-        "weights": about.weights, "figures": about.figures, "metadata": about.metadata, "config": about.config.to_dict(),
+        "weights": about.weights, "figures": about.figures, "metadata": about.metadata, "config": config,
     }  # fmt: skip
     (folder / CONFIG).write_text(json.dumps(content, indent=2))
 

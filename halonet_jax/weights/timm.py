@@ -150,7 +150,8 @@ def make_config(architecture: str, pretrained: Mapping[str, Any] | None = None) 
     given = pretrained if isinstance(pretrained, Mapping) else {}
     try:
         if "input_size" in given:
-            about["image_size"] = int(given["input_size"][-1])
+            height, width = (int(side) for side in given["input_size"][-2:])
+            about["image_size"] = height if height == width else (height, width)
         about |= {"eval_crop": float(given["crop_pct"])} if "crop_pct" in given else {}
         about |= {key: tuple(map(float, given[key])) for key in ("mean", "std") if key in given}
     except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:

@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from halonet_jax import command_line
+from halonet_jax import command_line, data
 from halonet_jax.costs import chips, tpu_compile, tpu_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="Recipe, such as configs/h4.py.")
@@ -58,9 +58,10 @@ def _check(config: ml_collections.ConfigDict, topology: str, quick: bool) -> int
     tell = lambda text: print(f"[{time.monotonic() - begin:4.0f} s] {text}", flush=True)
     parsed = tpu_compile.check(config, topology)
     chip = parsed.chip
+    size = "×".join(str(side) for side in data.height_and_width(config.data.image_size))
     cores = " of two cores" if chip.cores_per_device == 2 else ""
     print(
-        f"{config.model.name}, {config.data.image_size} px, batch {config.batch_size} on {topology}: {parsed.num_chips} chips, "
+        f"{config.model.name}, {size} px, batch {config.batch_size} on {topology}: {parsed.num_chips} chips, "
         f"{parsed.num_devices} devices ({'cores' if chip.devices_per_chip == 2 else 'chips' + cores}), "
         f"{config.batch_size // parsed.num_devices} images each; figures are of one device",
         flush=True,

@@ -25,6 +25,8 @@ def bad_values(knob):
         step = 1 if isinstance(rule, rules.Whole) else 1e-7 * max(1, abs(rule.most))
         bad += ["1", (), (1,), rule.least - step, rule.most + step]
         bad += [1.5] if isinstance(rule, rules.Whole) else []
+    elif isinstance(rule, rules.Size):
+        bad += ["1", 1.5, (), (9,), (9, 9, 9), (9, True), (9, 9.0), [9, 9], rule.least - 1, (rule.most + 1, 9), (9, rule.least - 1)]
     elif isinstance(rule, rules.Switch):
         bad += ["True", 1, 0, 0.5, ()]
     elif isinstance(rule, (rules.Text, rules.Choice)):
@@ -78,6 +80,8 @@ def test_defaults_and_ends_of_ranges_are_allowed(key):
     )
     if isinstance(rule, (rules.Whole, rules.Real)):
         assert rule.allows(rule.least) and rule.allows(rule.most)
+    if isinstance(rule, rules.Size):
+        assert rule.allows((rule.least, rule.most))
     if isinstance(rule, rules.Choice):
         assert all(map(rule.allows, rule.names))
 

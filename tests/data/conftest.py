@@ -12,8 +12,9 @@ def data_config():
 
     def make(**overrides):
         config = ml_collections.ConfigDict({
-            "source": "digits", "name": "digits", "dir": "", "train_split": "train", "eval_split": "test", "label_key": "label",
-            "image_size": 16, "eval_crop": 1.0, "interpolation": "area_bicubic",
+            "source": "digits", "name": "digits", "dir": "", "train_split": "train", "eval_split": "test", "classes": (),
+            "label_key": "label",
+            "image_size": ml_collections.FieldReference(16, object), "eval_crop": 1.0, "interpolation": "area_bicubic",
             "crop_scale": (0.6, 1.0), "crop_ratio": (0.8, 1.25), "flip": True,
             "randaugment_layers": 1, "randaugment_magnitude": 5.0, "randaugment_ops": (),
             "max_pixels": 2**27, "on_corrupt": "skip", "num_threads": 2, "num_workers": 0, "prefetch": 2,

@@ -195,13 +195,16 @@ def test_the_end_is_looked_for_behind_a_thumbnail_and_before_a_trailer(photo, tr
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (8, 8), (64, 64), (37, 200), (300, 41), (512, 512)])
-@pytest.mark.parametrize("size", [32, 64])
-def test_transforms_give_squares(photo, data_config, shape, size):
-    image, rng = photo(*shape), np.random.default_rng(0)
+@pytest.mark.parametrize(
+    "size, interpolation", [(32, "area_bicubic"), (64, "area_bicubic"), ((20, 64), "area_bicubic"), ((48, 32), "bicubic")]
+)
+def test_transforms_give_the_size(photo, data_config, shape, size, interpolation):
+    image, rng, expected = photo(*shape), np.random.default_rng(0), data.height_and_width(size)
     for layers in (0, 2):
-        config = data_config(image_size=size, randaugment_layers=layers, crop_scale=(0.08, 1.0))
+        options = {"interpolation": interpolation, "randaugment_layers": layers}
+        config = data_config(image_size=size, crop_scale=(0.08, 1.0), **options)
         for out in (data.train_transform(image, rng, config), data.eval_transform(image, config)):
-            assert out.shape == (size, size, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
+            assert out.shape == (*expected, 3) and out.dtype == np.uint8 and out.flags.c_contiguous
 
 
 def test_random_resized_crop_covers_what_it_should():
@@ -235,6 +238,33 @@ def test_center_crop_takes_the_fraction(fraction, white):
     image = np.zeros((80, 120, 3), np.uint8)
     image[20:60, 40:80] = 255
     assert (data.center_crop(image, 40, fraction) > 127).mean() == pytest.approx(white, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", [(91, 130), (200, 60)])
+@pytest.mark.parametrize("interpolation", ["area_bicubic", "bicubic"])
+def test_evaluation_does_not_stretch(photo, data_config, shape, interpolation):
+    """Both scales are equal, whatever the shapes are, and the crop is central."""
+    h, w = shape
+    y, x = np.mgrid[0:h, 0:w]
+    image = np.stack([x, y, x], -1).astype(np.uint8)
+    config = data_config(eval_crop=0.8, interpolation=interpolation)
+    for config.image_size in ((24, 40), (40, 24)):
+        out = data.eval_transform(image, config).astype(float)
+        (height, width), inner = config.image_size, out[4:-4, 4:-4]
+        steps = np.diff(inner[..., 1], axis=0).mean(), np.diff(inner[..., 0], axis=1).mean()
+        np.testing.assert_allclose(steps, 0.8 * min(h / height, w / width), rtol=0.06)
+        np.testing.assert_allclose(out.mean((0, 1))[:2], ((w - 1) / 2, (h - 1) / 2), atol=1.5)
+
+
+def test_training_crops_stretch_alike_for_all_shapes():
+    """A ramp tells the rectangle's shape: over that of the result, it lies within `ratio`."""
+    y, x = np.mgrid[0:120, 0:160]
+    image, rng, found = np.stack([x, y, x], -1).astype(np.uint8), np.random.default_rng(0), []
+    for _ in range(200):
+        crop = data.random_resized_crop(image, rng, (96, 48), (0.1, 0.3), (0.75, 1.25)).astype(float)
+        width, height = (np.ptp(crop[..., c]) + 1 for c in (0, 1))
+        found.append(width / height * 2)
+    assert 0.7 < min(found) < 0.85 and 1.15 < max(found) < 1.32
 
 
 def test_resize_keeps_the_mean(photo):

@@ -66,6 +66,76 @@ def test_digits_unknown_split(data_config):
     assert "'validation'" in (message := _error(data_config(), "validation")) and "train, test" in message
 
 
+# --- parts of digits and folders
+
+
+def _subset(config, split="train", **options):
+    source = data.open_source(config, split, **options)
+    return source, [source[i]["label"] for i in range(len(source))]
+
+
+def test_classes_are_kept_and_renumbered(data_config, image_folder):
+    source, labels = _subset(data_config(classes=("9", "5")))
+    whole = np.bincount(_subset(data_config())[1])
+    assert source.class_names == ("5", "9") and np.bincount(labels).tolist() == [whole[5], whole[9]]
+    root = str(image_folder({"train": ("ant", "bee", "cow"), "val": ("bee", "cow", "ant")}))
+    config = data_config(source="folder", dir=root, classes=("cow", "bee"))
+    for split in ("train", "val"):
+        source, labels = _subset(config, split)
+        assert source.class_names == ("bee", "cow") and labels == [0, 0, 0, 1, 1, 1]
+        assert pathlib.Path(source.name(3)).parent.name == "cow"
+    # As an evaluation opens it, by the classes of the checkpoint, where the train split need not be.
+    shutil.rmtree(f"{root}/train")
+    assert _subset(config, "val", class_names=("bee", "cow"))[1] == [0, 0, 0, 1, 1, 1]
+    with pytest.raises(data.DataError, match="must mean the 1 classes bee, and .* has cow"):
+        data.open_source(config, "val", class_names=("bee",))
+
+
+@pytest.mark.parametrize("classes, message", [(("bea",), "did you mean 'bee'"), (("zebra",), "its classes are ant, bee")])
+def test_unknown_classes(data_config, image_folder, classes, message):
+    config = data_config(source="folder", dir=str(image_folder()), classes=classes)
+    assert f"has {classes[0]!r}" in (found := _error(config, "train")) and message in found
+    assert "its classes are 0, 1" in _error(data_config(classes=classes), "train")
+
+
+def test_tfds_has_no_choice_of_classes(data_config):
+    message = _error(data_config(source="tfds", classes=("cat",)), "train")
+    assert "data.source=folder, or set data.classes=()" in message and "\n" not in message
+
+
+@pytest.mark.parametrize("split, count", [
+    ("train[:50]", 50), ("train[:10%]", 72), ("train[-10%:]", 72), ("train[700:]", 16), ("train[-13:]", 13), ("train[:]", 716),
+    ("train[10%:50%]", 286),
+])  # fmt: skip
+def test_slices_are_stratified(data_config, split, count):
+    classes = ("5", "6", "7", "8", "9")
+    source, labels = _subset(data_config(classes=classes), split)
+    assert len(labels) == count and source.name(0) == f"digits/{split}[0]"
+    assert np.ptp(np.bincount(labels, minlength=5) - count * np.bincount(_subset(data_config(classes=classes))[1]) / 716) < 2
+    if split == "train[:50]":
+        assert np.bincount(labels).tolist() == [10] * 5
+
+
+def test_slices_of_a_folder_share_nothing(data_config, image_folder):
+    root = image_folder({"train": ("ant", "bee")}, per_class=5)
+    config = data_config(source="folder", dir=str(root))
+    parts = [data.open_source(config, split) for split in ("train[:60%]", "train[60%:]")]
+    names = [[source.name(i) for i in range(len(source))] for source in parts]
+    assert [len(part) for part in names] == [6, 4] and len(set(sum(names, []))) == 10
+    config.train_split = "train[:4]"
+    assert _subset(config, "train[:4]")[1] == [0, 0, 1, 1] and len(data.open_source(config, "train")) == 10
+    (root / "train[:1]").mkdir()  # a folder of this name goes first
+    shutil.copytree(root / "train" / "bee", root / "train[:1]" / "bee")
+    assert _subset(config, "train[:1]")[1] == [1] * 5
+
+
+@pytest.mark.parametrize("split", ["train[:2000]", "train[0:0]", "train[-2000:]", "train[50%:20%]"])
+def test_impossible_slices(data_config, split):
+    message = _error(data_config(), split)
+    assert "of 1437; set --config.data.eval_split to a part of them, such as 'train[:50%]'" in message
+    assert "has no split" in _error(data_config(), split.replace(":", ";"))
+
+
 # --- folder
 
 
@@ -132,7 +202,7 @@ def _layouts(make):
         (root / "train" / "ant", "train", f"set FLAG.dir={root}"),
         (root.parent, "train", f"set FLAG.dir={root}"),
         (root, "Train", "set FLAG.train_split=train"),
-        (root, "train[:90%]", "set FLAG.train_split=train"),
+        (root, "Train[:90%]", "set FLAG.train_split=train"),
         (root.parent / "nested", "train", f"move them to {root.parent}/nested/train/"),
         (root.parent / "empty", "train", f"{root.parent}/empty/train/<class>/<image>: put images there"),
     ]
@@ -247,7 +317,8 @@ import sys
 import types
 import tensorflow_datasets as tfds
 from tfds_sets import tiny_images
-for name, file_format in (("tiny_images", "array_record"), ("tiny_images", "tfrecord"), ("tiny_texts", "array_record")):
+sets = {"array_record": ("tiny_images", "tiny_taxonomy", "tiny_texts"), "tfrecord": ("tiny_images",)}
+for file_format, name in ((file_format, name) for file_format, names in sets.items() for name in names):
     tfds.builder(name, data_dir=f"{sys.argv[1]}/{file_format}", file_format=file_format).download_and_prepare()
 """
 
@@ -276,6 +347,18 @@ def test_tfds_reads_every_example(tiny, split, count):
         assert example["label"] == number % 2 and source.name(i) == f"tiny_images/{split}[{i}]"
         numbers.append(number)
     assert len(set(numbers)) == count
+
+
+def test_tfds_with_the_structure_of_imagenet_21k(tiny):
+    """Labels without names are numbers, and one split gives both parts."""
+    tiny.name = "tiny_taxonomy"
+    train, held_out = (data.open_source(tiny, split) for split in ("train[:90%]", "train[90%:]"))
+    assert (len(train), len(held_out), train.num_classes) == (18, 2, 21_841)
+    assert train.class_names == held_out.class_names == tuple(map(str, range(21_841)))
+    labels = {source[i]["label"] for source in (train, held_out) for i in range(len(source))}
+    assert labels == set(range(21_821, 21_841))
+    transform = data.ClassificationTransform(tiny, num_classes=train.num_classes, training=True)
+    assert transform(train[0], np.random.default_rng(0))["label"] == train[0]["label"]
 
 
 def test_tfds_source_travels(tiny):

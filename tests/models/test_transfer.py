@@ -136,3 +136,15 @@ def test_blocks_that_only_seem_equal_are_not_stacked():
     block["conv3"] = {"kernel": block["conv3"]["kernel"][..., 1:]}
     with pytest.raises(ValueError, match="the arrays of stage2_block2, stage2_block3 differ in number or shape"):
         transfer.stack_blocks(variables, H1)
+
+
+def test_blocks_that_cover_the_map_compute_the_same():
+    """2b + 2h stays, so that the tables do; in 16 pixels, no layer has a map of more than 4."""
+    create = functools.partial(models.create, "h1", 5, stage_sizes=(1, 1, 1, 1), base_width=16, stem_width=8)
+    old, new = create(block_size=4, halo_size=1), create(block_size=5, halo_size=0)
+    variables = variables_of(old)
+    resized = transfer.resize_relative_tables(variables, new.backbone.stages)
+    jax.tree.map(np.testing.assert_array_equal, resized, variables)
+    logits = [model.apply(variables, IMAGES[:, :16, :16], train=False) for model in (old, new)]
+    assert np.ptp(logits[0]) > 0.1
+    np.testing.assert_allclose(*logits, atol=1e-5)

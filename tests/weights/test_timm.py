@@ -90,15 +90,15 @@ def test_a_file_tells_its_architecture(tmp_path):
 def test_a_folder_of_the_hub(tmp_path, monkeypatch):
     """As `timm` writes it: `config.json` names the architecture and says how images are prepared."""
     (tmp_path / "model.safetensors").write_bytes(safetensors.numpy.save(arrays("halonet26t")))
-    about = {"architecture": "halonet26t", "pretrained_cfg": {"input_size": [3, 288, 288], "crop_pct": 1.0}}
+    about = {"architecture": "halonet26t", "pretrained_cfg": {"input_size": [3, 288, 224], "crop_pct": 1.0}}
     (tmp_path / "config.json").write_text(json.dumps(about))
     asked = []
     monkeypatch.setattr(hub, "download", lambda path, files: asked.append(path) or tmp_path)
     loaded = weights.load("hf://timm/halonet26t.a1h_in1k")
     assert asked == ["hf://timm/halonet26t.a1h_in1k"] and loaded.config.model.name == "halonet26t"
-    assert (loaded.config.data.image_size, loaded.config.data.eval_crop) == (288, 1.0)
+    assert (loaded.config.data.image_size, loaded.config.data.eval_crop, loaded.image_shape) == ((288, 224), 1.0, (288, 224))
     path, config = weights.load_config("hf://timm/halonet26t.a1h_in1k")  # as evaluation does first
-    assert path == tmp_path and config.model.name == "halonet26t" and config.data.image_size == 288
+    assert path == tmp_path and config.model.name == "halonet26t" and config.data.image_size == (288, 224)
     (tmp_path / "config.json").write_text(json.dumps(about | {"pretrained_cfg": {"mean": "dark"}}))
     with pytest.raises(errors.ConfigError, match="pretrained_cfg of config.json has damaged preprocessing"):
         weights.load("hf://timm/halonet26t.a1h_in1k")

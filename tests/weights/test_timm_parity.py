@@ -66,13 +66,15 @@ def test_logits_and_features(name, tmp_path):
 
 
 @pytest.mark.parametrize("height, width", [(300, 401), (517, 280), (60, 90), (256, 300)])
+@pytest.mark.parametrize("size", [None, (256, 192), (200, 320)])
 @pytest.mark.parametrize("name", ["halonet26t", "halonet50ts", "haloregnetz_b"])
-def test_preprocessing(name, height, width):
+def test_preprocessing(name, size, height, width):
     """Within 1 of 255 of timm's own evaluation transform; both are Pillow's filter, so that nothing differs."""
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     cfg = timm.create_model(name).pretrained_cfg
     kwargs = {"interpolation": "bicubic", "crop_pct": cfg["crop_pct"], "mean": (0, 0, 0), "std": (1, 1, 1)}
-    transform = timm.data.create_transform(cfg["input_size"], is_training=False, **kwargs)
+    config = importer.make_config(name, {"input_size": (3, *size)} if size else None).data
+    transform = timm.data.create_transform((3, *size) if size else cfg["input_size"], is_training=False, **kwargs)
     theirs = transform(Image.fromarray(image)).permute(1, 2, 0).numpy() * 255
-    ours = data.eval_transform(image, importer.make_config(name).data)
+    ours = data.eval_transform(image, config)
     assert np.abs(ours - theirs).max() < 0.01

@@ -24,6 +24,26 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
             yield i, {"image": np.full((20, 30, 3), 10 * i, np.uint8), "label": i % 2}
 
 
+class TinyTaxonomy(TinyImages):
+    """Of the structure of ImageNet-21k: many classes without names, and one split."""
+
+    CLASSES = 21_841
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
+            "label": tfds.features.ClassLabel(num_classes=self.CLASSES),
+        }
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(20)}
+
+    def _generate_examples(self, count):
+        for i in range(count):
+            yield i, {"image": np.full((20, 30, 3), 10 * i, np.uint8), "label": self.CLASSES - 1 - i}
+
+
 class TinyTexts(TinyImages):
     """A set without images."""
 
