@@ -61,7 +61,7 @@ class Layouts:
         others = [label for label in range(len(self._of_class)) if label != winner]
         # Three quarters are winners at first, a third in the end; at least two, and as many as the other classes leave.
         copies = max(
-            2, len(sizes) * (75 - 42 * self._difficulty // 100) // 100, -(-(len(sizes) + len(others)) // (1 + len(others)))
+            2, (len(sizes) * (75 - 42 * self._difficulty // 100) + 50) // 100, -(-(len(sizes) + len(others)) // (1 + len(others)))
         )
         copies = copies if others else len(sizes)
         labels = [winner] * copies + draws.sample(others * (copies - 1), len(sizes) - copies)

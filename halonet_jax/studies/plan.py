@@ -82,7 +82,8 @@ class Plan:
     @property
     def command(self) -> str:
         """The command that goes on with the study."""
-        return f"python -m halonet_jax.study --study={self.path} --scale={self.scale} --out={self.out}"
+        here = f"{Path.cwd()}/"  # reports are published: they need not say where this folder is
+        return f"python -m halonet_jax.study --study={self.path} --scale={self.scale} --out={str(self.out).removeprefix(here)}"
 
 
 def make(study: Study, path: str, scale: str, out: str) -> Plan:
