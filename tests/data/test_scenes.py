@@ -15,7 +15,7 @@ from halonet_jax.data import scenes
 
 ROOT = Path(__file__).parents[2]
 HASHES = {
-    "most": "9555fd800994da83fd3c88ccc9c753b3c87b3a420fdccd56869a5825049be926",
+    "most": "6c756b9ceab78b79d84577212fb95c4658d11d96ca323bcf0e17b64ee0a0450e",
     "left": "a03d54135b8065cd92b621cf89a93b3e36029ab861335ef1129cdc16fdc8c36a",
     "largest": "d50eab5e661cf6b8aa46697c5daccb82341d5cc5e46d5a1c21ed8ca934e3dd5e",
 }
