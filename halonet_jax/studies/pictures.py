@@ -122,7 +122,7 @@ def _bars(panel, study, lines, ours, paper):
 
 
 def _scatter(panel, study, lines, ours, paper):
-    values = [getattr(line, study.plot.x) for line in lines]
+    values = [getattr(line, study.plot.x) if ours else line.paper.get(study.plot.x) for line in lines]
     unit, word = next((u for u in _UNITS if u[0] <= max(filter(None, values), default=1.0)), _UNITS[-1])
     points, labels, obstacles = [], [], []
     for line, value, (color, marker) in zip(lines, values, _looks(lines)):
@@ -149,12 +149,14 @@ def _scatter(panel, study, lines, ours, paper):
         panel.plot(*zip(*front), color=MUTED, linewidth=1.2, zorder=1)
         for (x0, y0), (x1, y1) in itertools.pairwise(front):
             obstacles += [(x0 + (x1 - x0) * step / 20, y0 + (y1 - y0) * step / 20) for step in range(21)]
-    panel.set_xlabel(f"{_AXES[study.plot.x]}{', ' if word else ''}{word}", color=MUTED)
+    axis = "relative time, as published" if study.plot.x == "images_per_second" and not ours else _AXES[study.plot.x]
+    panel.set_xlabel(f"{axis}{', ' if word else ''}{word}", color=MUTED)
     if ours:
         panel.set_ylabel(_name(study) + (f"; hollow: {PAPER}" if paper else ""), color=MUTED)
     panel.margins(0.14)
     if not labels:
-        panel.text(0.5, 0.5, "nothing is done yet", transform=panel.transAxes, color=MUTED, ha="center", style="italic")
+        text = "nothing is done yet" if ours else "no figures for this axis"
+        panel.text(0.5, 0.5, text, transform=panel.transAxes, color=MUTED, ha="center", style="italic")
         panel.set(xticks=[], yticks=[])
     return functools.partial(_label, panel, labels, obstacles)
 

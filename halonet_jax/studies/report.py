@@ -8,7 +8,8 @@ import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from halonet_jax.studies import pictures, results
+from halonet_jax.errors import ConfigError
+from halonet_jax.studies import pictures, resolving, results
 from halonet_jax.studies.plan import Plan, Run
 from halonet_jax.studies.spec import Row
 
@@ -33,6 +34,7 @@ class Line(NamedTuple):
         comparison: with the baseline; None: there is none.
         fault: why the row cannot run.
         speed: of `speed.json`.
+        paper: `parameters`, `multiply_adds` and `images_per_second` of what the paper's number is of, as far as known.
     """
 
     row: Row
@@ -44,6 +46,7 @@ class Line(NamedTuple):
     comparison: results.Comparison | None
     fault: str
     speed: dict
+    paper: dict
 
 
 def write(plan: Plan, picture: bool = True) -> list[Line]:
@@ -84,7 +87,7 @@ def _lines(plan, found):
     lines, base = [], study.base
     for row in study.rows:
         runs = plan.of(row)
-        costs = results.costs(runs[0], plan.out / "costs.json") if runs else {}
+        costs = results.costs(runs[0].config, plan.out / "costs.json") if runs else {}
         compared = base and row.counts and row.label != base.label
         lines.append(
             Line(
@@ -97,9 +100,23 @@ def _lines(plan, found):
                 results.compare(scores[row.label], scores[base.label]) if compared else None,
                 plan.broken.get(row.label, ""),
                 results.read(plan.out / "runs" / row.slug / "speed.json") or {},
+                _of_paper(plan, row),
             )  # fmt: skip
         )
     return lines
+
+
+def _of_paper(plan, row):
+    """The paper's model is that of scale imagenet. Its speed is relative, to whatever the paper compares with."""
+    if row.published is None or plan.study.plot.kind != "scatter":
+        return {}
+    speed = row.published_speed
+    found = {"images_per_second": speed if isinstance(speed, (int, float)) else None}
+    try:
+        config, _ = resolving.resolve(plan.study, row, "imagenet")
+    except ConfigError:
+        return found
+    return found | results.costs(config, plan.out / "costs.json")
 
 
 # --- CSV

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import ml_collections
 from etils import epath
 
 from halonet_jax.runtime import reporting
@@ -195,14 +196,13 @@ def compare(scores: Scores, base: Scores) -> Comparison | None:
     return Comparison(difference, difference - half, difference + half)
 
 
-def costs(run: Run, store: epath.Path) -> dict[str, Any]:
-    """Returns `parameters` and `multiply_adds` (of one image) of a run's model; None for what cannot be counted.
+def costs(config: ml_collections.ConfigDict, store: epath.Path) -> dict[str, Any]:
+    """Returns `parameters` and `multiply_adds` (of one image) of a config's model; None for what cannot be counted.
 
     Args:
-        run: of a plan.
+        config: a whole config.
         store: a JSON file that keeps the numbers, since counting takes seconds.
     """
-    config = run.config
     key = json.dumps([config.task, config.model.to_dict(), config.data.image_size, config.data.name, config.data.source])
     known = read(store) or {}
     if key not in known:
@@ -214,12 +214,12 @@ def costs(run: Run, store: epath.Path) -> dict[str, Any]:
 def _count(config):
     import jax  # Here, with what follows: running a study needs no model.
 
-    from halonet_jax import models, tasks
+    from halonet_jax import data, models, tasks
     from halonet_jax.costs import counting
 
     task = tasks.make_task(config, tasks.find(config).expected_metadata(config))
     if isinstance(task.model, models.HaloNet):
-        total = counting.count(task.model, 1, config.data.image_size, config.data.image_size).total
+        total = counting.count(task.model, 1, *data.height_and_width(config.data.image_size)).total
         return {"parameters": total.parameters, "multiply_adds": total.multiply_adds}
     params, _ = jax.eval_shape(task.init, jax.random.key(0))
     return {"parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(params)), "multiply_adds": None}
