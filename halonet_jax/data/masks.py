@@ -11,6 +11,7 @@ Coordinates are continuous: pixel (y, x) covers [y, y + 1) × [x, x + 1). A *fra
 pycocotools is the codec. It is imported when it is needed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -132,19 +133,26 @@ def paste(mask: np.ndarray, box: Sequence[float], height: int, width: int) -> tu
     Returns:
         bool [h, w], the part of the image that the box covers, empty where that is none; its first row; its first column.
     """
-    top, rows = _weights(box[0], box[2], height, mask.shape[0])
-    left, columns = _weights(box[1], box[3], width, mask.shape[1])
-    return rows @ mask @ columns.T >= 0.5, top, left
+    top, cell_y, part_y = _cells(box[0], box[2], height, mask.shape[0])
+    left, cell_x, part_x = _cells(box[1], box[3], width, mask.shape[1])
+    # Not as a product of matrices: BLAS starts threads for it, which then wait for each other.
+    mask = np.pad(np.asarray(mask, np.float32), 1)
+    rows = (mask[cell_y] + (mask[cell_y + 1] - mask[cell_y]) * part_y[:, None]).T.copy()
+    found = np.diff(rows, axis=0)[cell_x]  # [columns, rows], so that columns are whole in memory
+    found *= part_x[:, None]
+    found += rows[cell_x]
+    return (found >= 0.5).T, top, left
 
 
-def _weights(start, stop, length, cells):
-    """The first pixel whose centre lies in [start, stop], and weights [pixels, cells] of the mask's cells."""
+def _cells(start, stop, length, cells):
+    """The first pixel whose centre lies in [start, stop]; for each such pixel the cell before it, and how far it is on."""
     start, stop = float(start), float(stop)
-    first, end = max(0, int(np.ceil(start - 0.5))), min(length, int(np.floor(stop - 0.5)) + 1)
+    first, end = max(0, math.ceil(start - 0.5)), min(length, math.floor(stop - 0.5) + 1)
     if not stop > start or end <= first:
-        return first, np.zeros((0, cells), np.float32)
-    at = (np.arange(first, end) + 0.5 - start) * (cells / (stop - start)) - 0.5
-    return first, np.maximum(0, 1 - np.abs(at[:, None] - np.arange(cells))).astype(np.float32)
+        return first, np.zeros(0, int), np.zeros(0, np.float32)
+    at = (np.arange(first, end) + (0.5 - start)) * (cells / (stop - start)) + 0.5  # cell 0 is the border
+    cell = np.minimum(at.astype(int), cells)
+    return first, cell, (at - cell).astype(np.float32)
 
 
 def pasted_rle(mask: np.ndarray, box: Sequence[float], height: int, width: int) -> dict[str, Any]:
@@ -157,13 +165,10 @@ def pasted_rle(mask: np.ndarray, box: Sequence[float], height: int, width: int) 
         width: likewise.
     """
     part, top, left = paste(mask, box, height, width)
-    edges = np.diff(np.pad(part.T, ((0, 0), (1, 1))).astype(np.int8))  # [columns, h + 1]: 1 starts a run, -1 ends one
-    column, row = np.nonzero(edges)
-    at = (left + column) * height + top + row
-    # A run that ends where the next one starts fills its column to the bottom, and the next from the top.
-    joined = np.flatnonzero(at[1:] == at[:-1])
-    at = np.delete(at, np.concatenate([joined, joined + 1]))
-    counts = np.diff(at, prepend=0, append=height * width)
-    if len(at) and at[-1] == height * width:
-        counts = counts[:-1]
-    return codec().frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    columns = np.zeros((height, part.shape[1]), np.uint8, order="F")
+    columns[top : top + part.shape[0]] = part
+    counts = run_lengths(codec().encode(columns)["counts"]) if part.size else np.array([0])
+    counts[0] += left * height
+    rest = height * width - counts.sum()
+    counts = [*counts.tolist(), rest] if len(counts) % 2 == 0 and rest else [*counts[:-1].tolist(), int(counts[-1] + rest)]
+    return codec().frPyObjects({"size": [height, width], "counts": counts}, height, width)

@@ -80,7 +80,7 @@ def test_boxes_and_masks_go_the_way_of_the_image(height, width, seed, jitter, ki
             continue
         box, mask = row["boxes"][found[label]], row["masks"][found[label]]
         assert (box[:2] >= 0).all() and (box[2:] <= row["image_size"]).all() and mask.any()
-        if expected.sum() < 150:
+        if not len(y) or min(np.ptp(y), np.ptp(x)) < 12:
             continue
         assert overlap(covered((box, mask), 96), expected) > 0.85
         # A part of an ellipse may leave a part of its box empty; else they agree.
