@@ -183,19 +183,29 @@ def _segmentation(value, image, dtype):
         return {"size": [image.height, image.width], "counts": _counts(value, image)}
     if not isinstance(value, list):
         raise _Broken(f"segmentation is {_short(value)} instead of polygons or run lengths")
-    polygons = []
-    for polygon in value:
-        if not isinstance(polygon, list):
-            raise _Broken("segmentation is no list of polygons; each is a list of x, y, x, y, ...")
-        points = _numbers(polygon, "a polygon")
-        if len(points) < 6 or len(points) % 2:
-            raise _Broken(f"a polygon has {len(points)} coordinates; an even number from 6 on is needed")
-        points = np.array(points, np.float64).reshape(-1, 2)
-        size = np.array([image.width, image.height])
-        if (points < -size).any() or (points > 2 * size).any():
-            raise _Broken(f"a polygon reaches far outside the image of {image.width} x {image.height} pixels")
-        polygons.append(points.astype(dtype))
-    return polygons
+    return [_polygon(polygon, image).astype(dtype) for polygon in value]
+
+
+def _polygon(value, image):
+    """Points, float64 [k, 2]. On NumPy alone: a data set has millions of them."""
+    if not isinstance(value, list):
+        raise _Broken("segmentation is no list of polygons; each is a list of x, y, x, y, ...")
+    if len(value) < 6 or len(value) % 2:
+        raise _Broken(f"a polygon has {len(value)} coordinates; an even number from 6 on is needed")
+    try:
+        points = np.array(value)
+    except ValueError:
+        points = np.zeros(0, object)
+    if points.ndim != 1 or points.dtype.kind not in "if":
+        raise _Broken(f"a polygon is {_short(value)} instead of numbers")
+    points = points.astype(np.float64).reshape(-1, 2)
+    least, most = points.min(0), points.max(0)
+    if not np.isfinite(least + most).all():
+        raise _Broken("a polygon has a number that is not finite")
+    size = np.array([image.width, image.height])
+    if (least < -size).any() or (most > 2 * size).any():
+        raise _Broken(f"a polygon reaches far outside the image of {image.width} x {image.height} pixels")
+    return points
 
 
 def _counts(value, image):

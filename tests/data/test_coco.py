@@ -115,6 +115,12 @@ BROKEN = {
     "two points": (lambda a: a.update(segmentation=[[1, 2, 3, 4]]), "a polygon has 4 coordinates; an even number from 6 on"),
     "odd": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "a polygon has 7 coordinates"),
     "flat": (lambda a: a.update(segmentation=[1, 2, 3, 4, 5, 6]), "segmentation is no list of polygons"),
+    "polygon text": (lambda a: a.update(segmentation=[["1", 2, 3, 4, 5, 6]]), "a polygon is ['1', 2, 3, 4, 5, 6] instead of"),
+    "polygon pairs": (
+        lambda a: a.update(segmentation=[[[1, 2], [3, 4], [5, 6], [7, 8], [9, 9], [1, 1]]]),
+        "instead of numbers",
+    ),
+    "polygon huge": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, 10**400]]), "instead of numbers"),
     "polygon nan": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, NAN]]), "a polygon has a number that is not finite"),
     "polygon far": (lambda a: a.update(segmentation=[[1, 2, 3, 4, 5, 1e9]]), "a polygon reaches far outside the image"),
     "rle size": (lambda a: a.update(segmentation={"size": [9, 9], "counts": [81]}), "for a size of [9, 9] instead of [60, 80]"),
