@@ -63,6 +63,7 @@ BAD = (
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
     ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
     ("data.source", "folder", 1, "set --config.data.dir=PATH"),
+    ("data.source", "coco", 1, "has boxes, not classes of images; set --config.data.source=folder, or another task"),
     ("model.stem", "pacth", 1, "stem='pacth' is unknown"),
     ("model.stage_kinds", ("conv", "conv", "conv", "atention"), 1, "'atention' is unknown; did you mean attention"),
     ("data.image_size", 10**9, 1, "data.image_size=1000000000 must be a whole number between 8 and 8192; for example --config"),

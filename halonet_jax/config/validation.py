@@ -35,12 +35,12 @@ def validate(
     _check_schedule(config)
     if config.data.source == "folder" and not config.data.dir:
         raise ConfigError("data.source='folder' needs the folder that holds <split>/<class>/*.jpg; set --config.data.dir=PATH")
-    if config.data.source == "coco" and not config.data.dir:
-        raise ConfigError("data.source='coco' needs the folder that holds annotations and images; set --config.data.dir=PATH")
     if config.data.source == "coco" and config.task == "classification":
         raise ConfigError(
             "data.source='coco' has boxes, not classes of images; set --config.data.source=folder, or another task"
         )
+    if config.data.source == "coco" and not config.data.dir:
+        raise ConfigError("data.source='coco' needs the folder that holds annotations and images; set --config.data.dir=PATH")
     if config.optimizer.name == "lamb" and config.model.scan:
         raise ConfigError(
             "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "

@@ -199,12 +199,11 @@ def _polygon(value, image):
     if points.ndim != 1 or points.dtype.kind not in "if":
         raise _Broken(f"a polygon is {_short(value)} instead of numbers")
     points = points.astype(np.float64).reshape(-1, 2)
-    least, most = points.min(0), points.max(0)
-    if not np.isfinite(least + most).all():
+    if not math.isfinite(points.sum()):
         raise _Broken("a polygon has a number that is not finite")
-    size = np.array([image.width, image.height])
-    if (least < -size).any() or (most > 2 * size).any():
-        raise _Broken(f"a polygon reaches far outside the image of {image.width} x {image.height} pixels")
+    for numbers, length in ((value[::2], image.width), (value[1::2], image.height)):
+        if min(numbers) < -length or max(numbers) > 2 * length:
+            raise _Broken(f"a polygon reaches far outside the image of {image.width} x {image.height} pixels")
     return points
 
 

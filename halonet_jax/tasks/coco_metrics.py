@@ -23,7 +23,8 @@ class CocoEvaluator:
     """Collects detections of fixed size for each batch, and computes COCO's average precision over all of them.
 
     Detections are kept by image. So the result does not depend on the batch size, nor on the order of images. Images that
-    were in no batch, or masked there, do not count.
+    were in no batch, or masked there, do not count. Detections that are not finite, or have no area within the image, are
+    left out. Boxes are cut at the image's border.
 
     Each batch is a dict of arrays for B images of D detections:
 
@@ -65,6 +66,7 @@ class CocoEvaluator:
             boxes = np.clip(boxes, 0, np.tile([height, width], 2))
             scores, classes = values["scores"][row].astype(np.float64), values["classes"][row]
             usable = values["valid"][row] & np.isfinite(boxes).all(1) & np.isfinite(scores)
+            usable &= (boxes[:, 2:] > boxes[:, :2]).all(1) & (classes >= 0) & (classes < len(self._annotations.class_names))
             found = self._detections[index] = []
             for n in np.flatnonzero(usable):
                 (y0, x0, y1, x1), label = boxes[n].tolist(), int(classes[n])

@@ -172,8 +172,9 @@ def test_broken_detections_are_left_out(source):
     rows = detect(source, 0)
     expected = evaluate(source, rows).result()
     for row in rows:
-        free = np.flatnonzero(~row["valid"])[:2]
-        row["valid"][free], row["scores"][free], row["boxes"][free] = True, (np.nan, 1), ((1, 1, 9, 9), (1, np.inf, np.nan, 9))
+        free = np.flatnonzero(~row["valid"])[:5]
+        row["valid"][free], row["scores"][free], row["classes"][free] = True, (np.nan, 1, 1, 1, 1), (0, 0, 0, 3, -1)
+        row["boxes"][free] = ((1, 1, 9, 9), (1, np.inf, np.nan, 9), (900, 900, 990, 990), (1, 1, 9, 9), (1, 1, 9, 9))
     assert evaluate(source, rows).result() == expected
 
 
