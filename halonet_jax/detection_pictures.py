@@ -1,6 +1,5 @@
 """Draws detections on a picture: boxes, masks, classes and scores."""
 
-import colorsys
 import functools
 import os
 from collections.abc import Sequence
@@ -8,23 +7,24 @@ from collections.abc import Sequence
 import cv2
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from halonet_jax.data import masks as masks_lib
 
 _LEAST_SIDE = 480  # a smaller picture is enlarged, so that its labels can be read
 _MASK_ALPHA = 0.45
-_TONES = ((0.85, 0.95), (0.55, 1.0), (1.0, 0.65))  # saturation and value
+_COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#7a4fd0", "#e3262c", "#35c4e8", "#e85fb3", "#a5d91a", "#9a5b2d")
 
 
 def color(label: int) -> tuple[int, int, int]:
-    """Returns the colour of a class, RGB. Classes of near numbers differ most; the same class always looks the same.
+    """Returns the colour of a class, RGB; always the same. Ten differ in hue, the next ones are lighter, then darker.
 
     Args:
         label: number of the class, from 0.
     """
-    hue = (0.58 + 0.61803 * label) % 1  # the golden ratio never comes back to the same hue
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, *_TONES[label // 7 % len(_TONES)]))
+    rgb = np.array(ImageColor.getrgb(_COLORS[label % len(_COLORS)]))
+    tone = label // len(_COLORS) % 3
+    return tuple(((rgb, (rgb + 255) / 2, rgb / 2)[tone]).astype(int).tolist())
 
 
 def draw(

@@ -12,9 +12,9 @@ BOX = np.array([[60, 50, 180, 200]], np.float32)
 
 
 def test_colors_of_neighbours_differ():
-    colors = np.array([pictures.color(label) for label in range(20)])
-    assert len({tuple(c) for c in colors}) == 20 and pictures.color(3) == pictures.color(3)
-    assert min(np.abs(a - b).sum() for a, b in itertools.combinations(colors[:7], 2)) > 90
+    colors = np.array([pictures.color(label) for label in range(30)])
+    assert len({tuple(c) for c in colors}) == 30 and pictures.color(3) == pictures.color(3)
+    assert min(np.abs(a - b).sum() for a, b in itertools.combinations(colors[:10], 2)) > 80
 
 
 @pytest.mark.parametrize("masks", [None, np.ones((1, 28, 28), np.float32), np.ones((1, 240, 320), bool)])

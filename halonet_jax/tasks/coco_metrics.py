@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from absl import logging
 from etils import epath
 
 from halonet_jax.data import masks
@@ -138,7 +139,10 @@ class CocoEvaluator:
         truth_has_masks = all("segmentation" in a for a in truth["annotations"])
         found = {}
         for kind, name in _KINDS.items():
-            if kind == "segm" and not (self._has_masks and truth_has_masks):
+            if kind == "segm" and not self._has_masks:
+                continue
+            if kind == "segm" and not truth_has_masks:
+                logging.warning("Masks are not evaluated: some objects of the annotations have none")
                 continue
             found[name] = self._evaluate(truth, kind)
         return found

@@ -200,6 +200,14 @@ def test_boxes_alone_and_bytes_for_masks(source):
     assert "segmentation" not in boxes.detections()[0] and "mask_ap" not in boxes.table()
 
 
+def test_objects_without_masks_leave_boxes_alone(source):
+    record = source.annotations.record(0)
+    record = {**record, "image": np.zeros((*record["size"], 3), np.uint8), "masks": [None, *record["masks"][1:]]}
+    evaluator = CocoEvaluator(annotations.of_records([record], source.class_names))
+    evaluator.add(next(batches(detect(source, 0)[:1], 1)))
+    assert evaluator.result()["box_ap"] == pytest.approx(1) and "mask_ap" not in evaluator.result()
+
+
 def test_results_in_cocos_format(source):
     rows = detect(source, 0)
     found = evaluate(source, rows).detections()
