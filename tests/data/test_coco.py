@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -284,6 +285,17 @@ def test_run_lengths_are_pycocotools_own():
         mask = rng.random((300, 411)) < density
         rle = codec.encode(np.asfortranarray(mask, np.uint8))
         assert masks.run_lengths(rle["counts"]).tolist() == toy_coco.uncompressed(mask)["counts"]
+
+
+def test_without_pycocotools_the_run_ends_with_the_remedy(root, monkeypatch):
+    source = data.open_source(config(root, image_size=64), "train2017")
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    transform = data.DetectionTransform(config(root, image_size=64), num_classes=3, training=True)
+    with (
+        data.train_batches(source, transform, config(root, num_threads=1), batch_size=2, seed=0) as loader,
+        pytest.raises(data.DataError, match=r"pip install -e '.\[detection\]'"),
+    ):
+        next(loader)
 
 
 def test_worker_processes_and_loader(root):
