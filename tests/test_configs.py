@@ -82,6 +82,7 @@ BAD = (
     ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
     ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
+    ("data.source", "coco", 1, "has boxes, not classes of images; set --config.data.source=folder, or another task"),
     ("model.stem", "pacth", 1, "stem='pacth' is unknown"),
     ("model.stage_kinds", ("conv", "conv", "conv", "atention"), 1, "'atention' is unknown; did you mean attention"),
     ("data.image_size", 10**9, 1, "8 and 8192, or a tuple .height, width. of two; for example --config.data.image_size=256"),

@@ -26,8 +26,11 @@ RULES = {
     "studies": ({"errors", "config", "models", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
-    "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
-    "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
+    "detection_pictures": ({"errors", "data"}, ANY_LIBRARY),
+    "predict": (
+        {"errors", "data", "runtime", "training", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY
+    ),
+    "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY),
     "starting": ({"errors", "training", "weights"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
     "evaluate": ({"errors", "runtime", "tasks", "command_line", "exporting", "evaluating"}, ANY_LIBRARY),

@@ -27,7 +27,7 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
-SOURCES = ("tfds", "folder", "digits", "digit_scenes")
+SOURCES = ("tfds", "folder", "digits", "digit_scenes", "coco")
 SCENE_LABELS = ("most", "left", "largest")
 INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
@@ -139,7 +139,8 @@ MODEL = (
 DATA = (
     Knob("source", "tfds", Choice(SOURCES), "", OURS, "where images come from"),
     Knob("name", "imagenet2012", Text(), "", PAPER, "name of the TFDS data set"),
-    Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS data folder, or root of an image folder"),
+    Knob("dir", "", Text(may_be_empty=True), "", OURS,
+         "TFDS data folder, or root of an image folder or of a data set in COCO's layout"),
     Knob("train_split", "train", Text(), "", PAPER, "split to train on, or a slice of it, such as train[:10%] or train[:100]"),
     Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on, or a slice of it"),
     Knob("label_key", "label", Text(), "", OURS, "feature of the TFDS data set that is the label"),
@@ -177,11 +178,19 @@ DATA = (
          "more: more digits in a digit scene, of more different sizes, more clutter and noise, less contrast"),
     Knob("num_train_scenes", 20_000, Whole(1), "scenes", OURS, "number of digit scenes to train on"),
     Knob("num_eval_scenes", 2_000, Whole(1), "scenes", OURS, "number of digit scenes to evaluate on"),
-    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS, "skip and count a corrupt image, or stop"),
+    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS,
+         "skip and count a corrupt image or annotation, or stop"),
     Knob("num_threads", 16, Whole(1, 4096), "threads", OURS, "threads for reading and decoding, in each process"),
     Knob("num_workers", 0, Whole(0, 4096), "processes", OURS,
          "processes for reading and decoding, on each host; 0: only threads"),
     Knob("prefetch", 4, Whole(1, 4096), "batches", OURS, "batches to prepare in advance"),
+    # From here on, for detection.
+    Knob("annotations", "annotations/instances_{split}.json", Text(), "", OURS,
+         "COCO's file of a split's objects, from dir on; {split} stands for the split"),
+    Knob("images", "{split}", Text(), "", OURS, "folder of a split's images in COCO's layout, likewise"),
+    Knob("max_objects", 100, Whole(1, 10000), "objects", OPEN, "most objects of an image in training; others are left out"),
+    Knob("scale_jitter", (0.8, 1.25), Tuple(Real(0.01, 100), 2, 2, rising=True), "", PAPER,
+         "range of the scale in training, over that at which the image fits; (0.1, 2.0): large-scale jitter"),
 )
 
 OPTIMIZER = (

@@ -33,6 +33,10 @@ def validate(
         check_knob(config, key, sections)
     _check_model(config)
     _check_schedule(config)
+    if config.data.source == "coco" and config.task == "classification":
+        raise ConfigError(
+            "data.source='coco' has boxes, not classes of images; set --config.data.source=folder, or another task"
+        )
     if config.optimizer.name == "lamb" and config.model.scan:
         raise ConfigError(
             "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "

@@ -1,7 +1,9 @@
-"""Input: sources of labelled images, their transforms, and batches as a function of the step."""
+"""Input: sources of images with labels or objects, their transforms, and batches as a function of the step."""
 
 from halonet_jax.data import randaugment
 from halonet_jax.data.classification import ClassificationTransform
+from halonet_jax.data.coco import CocoSource
+from halonet_jax.data.detection import DetectionTransform
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Field, Source, Transform
 from halonet_jax.data.files import FileSource
@@ -24,8 +26,10 @@ from halonet_jax.errors import CorruptImage, DataError
 
 __all__ = [
     "ClassificationTransform",
+    "CocoSource",
     "CorruptImage",
     "DataError",
+    "DetectionTransform",
     "DigitScenes",
     "DigitsSource",
     "Field",
