@@ -149,6 +149,8 @@ def recipe_size(name: str) -> int:
     Args:
         name: of the model. A hybrid, such as "h7_conv12", has the size of its base.
     """
+    if re.fullmatch("resnet(50|101)_se(_halo)?", name):  # detection backbones
+        return 512
     return floors.IMAGE_SIZES.get(re.sub("_conv1(2(3)?)?$", "", name), DEFAULT_IMAGE_SIZE)
 
 
