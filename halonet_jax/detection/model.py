@@ -88,7 +88,7 @@ class MaskRCNN(nn.Module):
         return tuple(first * 2**n for n in range(len(steps) + (self.spec.extra_level != "none")))
 
     def anchors(self, maps) -> tuple[jax.Array, ...]:
-        """Returns the anchors of each level, see `boxes.anchors`."""
+        """Returns the anchors of each level, see `boxes.anchors`. Of `maps`, only the shapes matter."""
         spec = self.spec
         shapes = [x.shape[1:3] for x in maps]
         return box_ops.anchors(shapes, self.strides, spec.anchor_size, spec.anchor_ratios, spec.anchor_offset)
@@ -129,19 +129,20 @@ class MaskRCNN(nn.Module):
         """Returns a dict of the five losses, float32 scalars; see `losses`."""
         spec = self.spec
         maps, logits, deltas = self.first_stage(batch["image"], train=True)
-        anchors = self.anchors(maps)
         objects = targets.Objects(*(batch[key] for key in ("boxes", "classes", "valid", "masks")))
         keys = jax.random.split(rng, (len(logits), 2))
 
-        def assign(image):
+        def assign(image, anchors):
             logits, deltas, size, objects, keys = image
             proposed = postprocess.proposals(logits, deltas, anchors, size, spec, spec.candidates)
             anchor_targets = targets.anchor_targets(keys[0], jnp.concatenate(anchors), objects, spec)
             return anchor_targets, targets.roi_targets(keys[1], *proposed, objects, spec)
 
         def first_losses(logits, deltas, *rest):
+            anchors = self.anchors(maps)
             images = jax.lax.stop_gradient((logits, deltas, *rest))
-            anchor_targets, roi_targets = jax.lax.stop_gradient(jax.lax.map(assign, images))
+            found = jax.lax.map(functools.partial(assign, anchors=anchors), images)
+            anchor_targets, roi_targets = jax.lax.stop_gradient(found)
             sums = functools.partial(loss_ops.anchor_sums, sizes=[len(level) for level in anchors], spec=spec)
             return jax.vmap(sums)(logits, deltas, anchor_targets), roi_targets
 
@@ -156,9 +157,13 @@ class MaskRCNN(nn.Module):
         """Returns the detections; see `detect`."""
         spec = self.spec
         maps, logits, deltas = self.first_stage(batch["image"], train=False)
-        anchors = self.anchors(maps)
-        propose = lambda image: postprocess.proposals(*image[:2], anchors, image[2], spec, spec.candidates_test)
-        rois, valid = per_device(lambda *images: jax.lax.map(propose, images), logits, deltas, batch["size"])
+
+        def propose(*images):
+            anchors = self.anchors(maps)
+            one_image = lambda image: postprocess.proposals(*image[:2], anchors, image[2], spec, spec.candidates_test)
+            return jax.lax.map(one_image, images)
+
+        rois, valid = per_device(propose, logits, deltas, batch["size"])
         images = (*self.box_stage(maps, rois, train=False), rois, valid, batch["size"])
         choose = lambda image: postprocess.detections(*image, spec)
         found = per_device(lambda *images: jax.lax.map(choose, images), *images)

@@ -106,7 +106,8 @@ def test_roi_targets():
         ((0, 0, 10, 8), 3), ((40, 45, 60, 60), 1), ((70, 70, 80, 80), 0), ((0, 0, 10, 10), 3), ((40, 40, 60, 60), 1)
     }  # fmt: skip
     spec = dataclasses.replace(SPEC, roi_strict=False, roi_positive_share=0.5)
-    found = targets.roi_targets(jax.random.key(0), proposals[3:4], valid[:1], image, spec)
+    at_half = jax.jit(functools.partial(targets.roi_targets, spec=spec))
+    found = at_half(jax.random.key(0), proposals[3:4], valid[:1], image)
     assert found.classes.tolist().count(3) == 2
     row = found.rois.tolist().index([0, 0, 5, 10])
     np.testing.assert_allclose(found.deltas[row], [5, 0, 5 * np.log(2), 0], atol=1e-5)
