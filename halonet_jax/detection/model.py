@@ -121,9 +121,10 @@ class MaskRCNN(nn.Module):
 
     def all_stages(self, images):
         """Runs every part once, to create the parameters."""
-        maps, *_ = self.first_stage(images, train=False)
-        rois = jnp.zeros((len(images), 1, 4))
-        return self.box_stage(maps, rois, train=False), self.mask_stage(maps, rois, train=False)
+        self.first_stage(images, train=False)
+        features = lambda bins: jnp.zeros((len(images), 1, bins, bins, self.spec.width))
+        box = self.box_head(features(self.spec.box_bins), self._head_norm(train=False))
+        return box, self.mask_head(features(self.spec.mask_bins), self._head_norm(train=False))
 
     def losses(self, batch, rng):
         """Returns a dict of the five losses, float32 scalars; see `losses`."""

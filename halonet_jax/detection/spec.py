@@ -113,6 +113,14 @@ class DetectionSpec:
             "anchor_offset", "min_score", "detection_nms",
         ):  # fmt: skip
             checks.real(name, getattr(self, name), 0, 1)
+        checks.entries("anchor_ratios", self.anchor_ratios, 1, 99, (1.0, 2.0, 0.5))
+        checks.entries("box_weights", self.box_weights, 4, 4, (10.0, 10.0, 5.0, 5.0))
+        checks.entries("box_dense", self.box_dense, 0, 99, (1024, 1024))
+        for name in ("anchor_ratios", "box_weights"):
+            for n, value in enumerate(getattr(self, name)):
+                checks.real(f"{name}[{n}]", value, 0.001, 1000)
+        for n, width in enumerate(self.box_dense):
+            checks.whole(f"box_dense[{n}]", width, 1)
         for name, least in (("anchor_size", 0.001), ("roi_base_size", 1), ("rpn_huber", 0), ("box_huber", 0)):
             checks.real(name, getattr(self, name), least)
         for name, known in (
@@ -133,7 +141,7 @@ class DetectionSpec:
 
     @property
     def mask_rois(self) -> int:
-        """Regions of an image that the mask head is trained on: the leading samples, which hold all positive ones."""
+        """Regions of an image that the mask head is trained on, at least one: the first samples, with all positive ones."""
         return max(1, round(self.roi_samples * self.roi_positive_share))
 
 

@@ -41,6 +41,7 @@ def test_anchor_losses(recipe, objects):
     spec = dataclasses.replace(recipe, rpn_samples=4)
     logits, deltas, goals = anchor_batch(objects)
 
+    @jax.jit
     @jax.value_and_grad
     def run(values):
         sums = jax.vmap(lambda *image: losses.anchor_sums(*image, SIZES, spec))(*values, goals)
@@ -72,6 +73,7 @@ def test_region_losses(recipe, objects):
     mask_goals = rng.integers(0, 2, (1, 3, 2, 2)).astype(np.float32)
     regions = RoiTargets(*map(jnp.asarray, (np.zeros((1, 4, 4)), np.array([[1, 1, 1, 0]], bool), classes, goals, mask_goals)))
 
+    @jax.jit
     @jax.value_and_grad
     def run(values):
         found = losses.box_losses(*values[:2], regions, recipe) | losses.mask_loss(values[2], regions)
