@@ -16,7 +16,9 @@ import numpy as np
 
 from halonet_jax import ops
 
-CHUNK = 64  # RoIs at a time. Their intermediate results are recomputed in the backward pass: 0.06 GB in place of 3.8 GB.
+# RoIs at a time. Their intermediate results are recomputed in the backward pass. Compiled for TPU v5e, einsums with their
+# gradient then take 0.12 GB beside the maps, for 4 images of 1024 px with 512 RoIs each (7 x 7 bins, bfloat16).
+CHUNK = 64
 MOST_SAMPLES = 8  # of an adaptive bin, per axis: enough for regions four times as high as wide
 
 
