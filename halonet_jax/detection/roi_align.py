@@ -62,7 +62,10 @@ def roi_align(
     maps: Sequence[jax.Array], rois: jax.Array, strides: Sequence[int], size: int, sampling: Sampling,
     base_size: float = 224.0,
 ) -> jax.Array:  # fmt: skip
-    """Returns the features of regions, by the gather on a CPU and by einsums elsewhere.
+    """Returns the features of regions: by einsums, but on a CPU by the gather where bins have a fixed number of samples.
+
+    On two CPU cores, the gather with its gradient takes a twelfth of the einsums' time at one sample a bin, and five times as
+    long for adaptive bins (128 regions of a 512 px image, 64 channels).
 
     Args:
         maps: for each level `[H, W, C]`, of one image.
@@ -76,10 +79,9 @@ def roi_align(
         `[R, size, size, C]` in the dtype of the maps. Gradients reach the maps, not the regions.
     """
     options = dict(strides=tuple(strides), size=size, sampling=sampling, base_size=base_size)
-    return ops.by_platform(
-        tuple(maps), jax.lax.stop_gradient(rois),
-        cpu=functools.partial(by_gather, **options), default=functools.partial(by_einsum, **options),
-    )  # fmt: skip
+    einsum, gather = functools.partial(by_einsum, **options), functools.partial(by_gather, **options)
+    rois = jax.lax.stop_gradient(rois)
+    return ops.by_platform(tuple(maps), rois, cpu=gather if sampling.samples else einsum, default=einsum)
 
 
 def by_einsum(maps, rois, *, strides, size, sampling, base_size=224.0) -> jax.Array:
