@@ -13,6 +13,7 @@ ANY_LIBRARY = None
 RULES = {
     "ops": (set(), {"jax", "numpy"}),
     "models": ({"ops", "models"}, {"jax", "flax", "numpy"}),
+    "detection": ({"ops", "models"}, {"jax", "flax", "numpy"}),
     "errors": (set(), set()),
     "config": ({"errors", "ops", "models"}, ANY_LIBRARY),
     "data": ({"errors"}, ANY_LIBRARY),
