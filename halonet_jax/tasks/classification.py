@@ -154,7 +154,7 @@ def scored(task: Task, config: ml_collections.ConfigDict, how: scoring.Scoring) 
     transform = data.ClassificationTransform(
         config.data, num_classes=num_classes, training=False, multi_label=how.multi_label, allowed=how.classes
     )
-    confusion = functools.partial(scoring.ConfusionEvaluator, len(how.classes or range(num_classes)))
+    confusion = lambda source: scoring.ConfusionEvaluator(len(how.classes or range(num_classes)))
     return dataclasses.replace(
         task, metrics=scoring.make_metrics(num_classes, how), transform=lambda training: transform,
         evaluator=confusion if how.per_class else task.evaluator,
