@@ -20,7 +20,7 @@ from halonet_jax.data.images import (
 )
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.opening import open_source
-from halonet_jax.data.scenes import DigitScenes
+from halonet_jax.data.scenes import DigitScenes, SceneObjects
 from halonet_jax.data.tfds import NotPrepared, TfdsSource
 from halonet_jax.errors import CorruptImage, DataError
 
@@ -37,6 +37,7 @@ __all__ = [
     "FolderSource",
     "Loader",
     "NotPrepared",
+    "SceneObjects",
     "Source",
     "TfdsSource",
     "Transform",

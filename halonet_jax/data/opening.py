@@ -52,6 +52,11 @@ def open_source(
         return FolderSource(
             data_config.dir, split, data_config.train_split, role, class_names=class_names, classes=classes, flag=flag
         )
+    if data_config.source == "coco" and classes:
+        raise DataError(
+            f"data.classes={classes} does not work with data.source=coco; leave the other categories out of its JSON files, or set"
+            " data.classes=()"
+        )
     if data_config.source == "tfds" and classes:
         raise DataError(
             f"data.classes={classes} does not work with data.source=tfds, which has no index of labels; export the images of"

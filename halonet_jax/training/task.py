@@ -36,7 +36,8 @@ class Task:
         frozen: `(params) -> tree of bools`: which parameters are not trained; None: all are.
         distances: `(params) -> tree`: layers between each parameter and the output, for `optimizer.layer_decay`.
         adapt: `(variables, model, metadata) -> (variables, rows)`: makes another model's variables fit this task, for
-            `init_from`. Rows are `(what, how)` texts for the terminal. Raises ValueError for what does not fit.
+            `init_from`. What it leaves out starts at random. Rows are `(what, how)` texts for the terminal. Raises
+            ValueError for what does not fit.
     """
 
     init: Callable[..., tuple[Any, Any]]
