@@ -19,7 +19,7 @@ RULES = {
     "data": ({"errors"}, ANY_LIBRARY),
     "runtime": ({"errors", "config", "STARTED"}, ANY_LIBRARY),
     "training": ({"errors", "config", "runtime"}, ANY_LIBRARY),
-    "tasks": ({"errors", "config", "ops", "models", "data", "runtime", "training"}, ANY_LIBRARY),
+    "tasks": ({"errors", "config", "ops", "models", "detection", "data", "runtime", "training"}, ANY_LIBRARY),
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),

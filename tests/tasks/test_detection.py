@@ -1,0 +1,141 @@
+"""Detection as a task: the digit scenes' recipe, shrunk, through the real loop; and what it refuses in one line."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from halonet_jax import config as config_lib
+from halonet_jax import data, evaluate, export, models, predict, tasks, train, weights
+from halonet_jax.detection import Found
+from halonet_jax.errors import ConfigError, DataError, ExportError
+from halonet_jax.tasks import detection
+from halonet_jax.training.evaluation import SumEvaluator
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def recipe():
+    config = config_lib.sibling(ROOT / "configs" / "any.py", "digit_scenes_mask_rcnn")
+    return config_lib.with_argument(config, "smoke")
+
+
+def make_task(config, classes=10):
+    return tasks.make_task(config, {"class_names": [str(n) for n in range(classes)], "preprocessing": {}})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    config, workdir = recipe(), str(tmp_path_factory.mktemp("detector"))
+    config.data.image_size = config.data.scene_size = 48
+    config.model.bn_group_size, config.tensorboard = 1, False
+    return train.train(config, workdir), workdir
+
+
+def test_trains_and_evaluates(run):
+    result, workdir = run
+    assert result.exit_code == 0 and result.metrics["eval/count"] == 8
+    assert {"eval/box_ap", "eval/mask_ap", "eval/box_ap_small"} <= set(result.metrics)
+    reports = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    losses = {"loss", "rpn_score", "rpn_box", "class", "box", "mask"}
+    assert sum(losses <= set(report) and np.isfinite([report[key] for key in losses]).all() for report in reports) == 2
+
+
+def test_other_entries_refuse_it_in_one_line(run, tmp_path):
+    workdir = run[1]
+    image, loaded, picture = np.zeros((1, 48, 48, 3), np.uint8), weights.load(workdir), str(ROOT / "docs" / "demo.png")
+    for error, message, call in (
+        (ConfigError, "predict serves task='classification', .* 'detection'", lambda: predict.predict(loaded, [picture])),
+        (ConfigError, "logits are of classifiers", lambda: loaded.logits(image)),
+        (ConfigError, "features are of classifiers", lambda: loaded.features(image)),
+        (ExportError, "export serves task='classification'", lambda: export.export(workdir, tmp_path / "out")),
+        (ConfigError, "--per_class is for classification", lambda: evaluate.evaluate(workdir, per_class=True)),
+    ):
+        with pytest.raises(error, match=message) as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
+def test_perfect_detections_have_ap_1():
+    """Labels from 0, classes from 1, boxes in pixels of the input, masks as bytes: the ways out and in agree."""
+    config = recipe()
+    config.data.image_size = 96  # the scenes have 64
+    task, source = make_task(config), tasks.find(config).open_source(config, "test")
+    evaluator = task.evaluator(source)
+    training = data.DetectionTransform(config.data, num_classes=10, training=True)
+    with data.eval_batches(source, task.transform(False), config.data, batch_size=3) as batches:
+        for batch in batches:
+            masks = np.zeros((3, 5, 112, 112), np.float32)
+            for row, index in enumerate(batch["index"]):
+                masks[row] = training(source[int(index)], None)["masks"]
+            found = Found(
+                batch["boxes"], np.ones((3, 5)), batch["labels"] + 1, batch["valid"], masks
+            )  # fmt: skip
+            evaluator.add(jax.device_get(task.metrics(found, batch)))
+    result = evaluator.result()
+    assert result["count"] == 8 and result["box_ap"] > 0.999 and result["mask_ap"] > 0.9
+
+
+def test_starts_from_a_classifiers_backbone():
+    config = recipe()
+    options = config_lib.model_options(config)
+    classifier = models.create(num_classes=3, **options)
+    abstract = jax.eval_shape(lambda: classifier.init(jax.random.key(0), np.zeros((1, 64, 64, 3)), train=False))
+    variables = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), abstract)
+    found, rows = make_task(config).adapt(variables, classifier, {"class_names": ["a", "b", "c"]})
+    shapes = jax.eval_shape(make_task(config).init, jax.random.key(0))
+    for tree, ours in zip((found["params"], found["batch_stats"]), shapes):
+        assert set(tree) == {"backbone"}
+        assert jax.tree.map(np.shape, tree["backbone"]) == jax.tree.map(np.shape, ours["backbone"])
+    assert rows[-1] == ("pyramid and heads", "start at random")
+    with pytest.raises(ValueError, match="it has no backbone"):
+        make_task(config).adapt({}, None, {})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"data.image_size": (64, 96)}, "must be one side, of a square, .* --config.data.image_size=96"),
+        ({"data.source": "folder"}, "data.source='folder' has no boxes.*--config.data.source=coco or digit_scenes"),
+        ({"data.source": "coco"}, "data.dir '' is no folder; set --config.data.dir"),
+        ({"data.source": "coco", "data.classes": ("cat",)}, "data.classes=.* does not work with data.source=coco"),
+    ],
+)
+def test_data_without_boxes_is_refused(change, message):
+    config = recipe()
+    config.update_from_flattened_dict(change)
+    with pytest.raises((ConfigError, DataError), match=message) as raised:
+        config_lib.validate(config, 1)
+        tasks.find(config).open_source(config, "test")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model.positions": "absolute"}, "set --config.model.positions=relative"),
+        ({"model.freeze": ("backbone/stem9*",)}, "matches no parameter"),
+    ],
+)
+def test_models_that_do_not_detect_are_refused(change, message):
+    config = recipe()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ConfigError, match=message):
+        make_task(config)
+
+
+@pytest.mark.parametrize("recipe_name", ("paper", "detectron2"))
+def test_knobs_reach_the_detector(recipe_name):
+    config = config_lib.imagenet()
+    config.detection.recipe = recipe_name
+    assert detection.make_spec(config, 80).width == 256
+    config.detection.width, config.detection.candidates = 8, 30
+    spec = detection.make_spec(config, 7)
+    assert (spec.width, spec.candidates, spec.candidates_test, spec.num_classes) == (8, 30, 15, 8)
+    assert (spec.norms == "all") == (recipe_name == "detectron2")
+
+
+def test_other_tasks_ignore_the_source():
+    assert isinstance(tasks.make_task(config_lib.digits(), {"class_names": ["a"]}).evaluator(None), SumEvaluator)
