@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import toy_coco
 
 from halonet_jax import config as config_lib
 from halonet_jax import data, evaluate, export, models, predict, tasks, train, weights
@@ -31,6 +32,8 @@ def run(tmp_path_factory):
     config, workdir = recipe(), str(tmp_path_factory.mktemp("detector"))
     config.data.image_size = config.data.scene_size = 48
     config.model.bn_group_size, config.tensorboard = 1, False
+    config.model.stage_sizes, config.model.stage_kinds = (1, 1, 1, 1), ("conv", "conv", "conv", "attention")  # compile faster
+    config.detection.mask_convs, config.detection.box_dense = 0, (8,)
     return train.train(config, workdir), workdir
 
 
@@ -39,7 +42,7 @@ def test_trains_and_evaluates(run):
     assert result.exit_code == 0 and result.metrics["eval/count"] == 8
     assert {"eval/box_ap", "eval/mask_ap", "eval/box_ap_small"} <= set(result.metrics)
     reports = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
-    losses = {"loss", "rpn_score", "rpn_box", "class", "box", "mask"}
+    losses = {f"train/{name}" for name in ("loss", "rpn_score", "rpn_box", "class", "box", "mask")}
     assert sum(losses <= set(report) and np.isfinite([report[key] for key in losses]).all() for report in reports) == 2
 
 
@@ -58,24 +61,26 @@ def test_other_entries_refuse_it_in_one_line(run, tmp_path):
         assert "\n" not in str(raised.value)
 
 
-def test_perfect_detections_have_ap_1():
+@pytest.mark.parametrize("source", ("digit_scenes", "coco"))
+def test_perfect_detections_have_ap_1(source, tmp_path):
     """Labels from 0, classes from 1, boxes in pixels of the input, masks as bytes: the ways out and in agree."""
-    config = recipe()
+    config, split = recipe(), "test"
     config.data.image_size = 96  # the scenes have 64
-    task, source = make_task(config), tasks.find(config).open_source(config, "test")
+    if source == "coco":
+        config.data.source, config.data.dir, split = "coco", str(toy_coco.write(tmp_path)), "val2017"
+        config.data.train_split, config.data.eval_split = "train2017", "val2017"
+    source = tasks.find(config).open_source(config, split)
+    task = tasks.make_task(config, tasks.find(config).metadata(config, source))
     evaluator = task.evaluator(source)
-    training = data.DetectionTransform(config.data, num_classes=10, training=True)
+    training = data.DetectionTransform(config.data, num_classes=source.num_classes, training=True)
     with data.eval_batches(source, task.transform(False), config.data, batch_size=3) as batches:
         for batch in batches:
-            masks = np.zeros((3, 5, 112, 112), np.float32)
-            for row, index in enumerate(batch["index"]):
-                masks[row] = training(source[int(index)], None)["masks"]
-            found = Found(
-                batch["boxes"], np.ones((3, 5)), batch["labels"] + 1, batch["valid"], masks
-            )  # fmt: skip
+            masks = np.stack([training(source[int(index)], None)["masks"] for index in batch["index"]]).astype(np.float32)
+            found = Found(batch["boxes"], np.ones((3, 5)), batch["labels"] + 1, batch["valid"], masks)
             evaluator.add(jax.device_get(task.metrics(found, batch)))
     result = evaluator.result()
-    assert result["count"] == 8 and result["box_ap"] > 0.999 and result["mask_ap"] > 0.9
+    assert result["count"] == len(source) and result["box_ap"] > 0.99 and result["mask_ap"] > 0.9
+    assert {row["class"] for row in evaluator.per_class()} == set(task.metadata["class_names"])
 
 
 def test_starts_from_a_classifiers_backbone():
