@@ -63,8 +63,8 @@ def test_detectors_have_their_shapes(name):
     for config in load(name), load(name, "smoke"):
         config_lib.validate(config, device_count=4)
         task = tasks.make_task(config, tasks.find(config).expected_metadata(config))
-        shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
-        assert set(shapes) == {"backbone", "fpn", "rpn_head", "box_head", "mask_head"}
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    assert set(shapes) == {"backbone", "fpn", "rpn_head", "box_head", "mask_head"}
     assert sum(x.size for x in jax.tree.leaves(shapes)) < 10**6
     with pytest.raises(config_lib.ConfigError, match="':tiny' and ':small' shrink recipes of task='classification'"):
         load(name, "tiny")

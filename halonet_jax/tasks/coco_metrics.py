@@ -1,8 +1,8 @@
 """Average precision of boxes and masks as COCO defines it, by pycocotools."""
 
 import contextlib
-import io
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -156,7 +156,7 @@ class CocoEvaluator:
             # A mask's size class is that of its own area, not of its box.
             area = float(masks.codec().area(d["segmentation"])) if kind == "segm" else box[2] * box[3]
             detections.append({**d, "id": number, "area": area, "iscrowd": 0})
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _silent(make_coco, make_eval):
             ground_truth, results = make_coco(), make_coco()
             ground_truth.dataset = {**truth, "annotations": [dict(a) for a in truth["annotations"]]}
             results.dataset = {"images": truth["images"], "categories": truth["categories"], "annotations": detections}
@@ -185,6 +185,19 @@ def _rle(kind, mask, box, scale, height, width):
         return masks.to_rle(np.asarray(mask)[y[:, None], x] > 0, height, width)
     probabilities = mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1)
     return masks.pasted_rle(probabilities, box, height, width)
+
+
+@contextlib.contextmanager
+def _silent(*classes):
+    """Keeps the modules of classes from printing. Redirecting stdout would silence other threads, too."""
+    modules = [sys.modules[each.__module__] for each in classes]
+    for module in modules:
+        module.print = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for module in modules:
+            vars(module).pop("print", None)
 
 
 def _share(value):
