@@ -1,5 +1,6 @@
 """Detection as a task: the digit scenes' recipe, shrunk, through the real loop; and what it refuses in one line."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import numpy as np
 import pytest
 import toy_coco
 
+from halonet_jax import attention_maps, data, demo, evaluate, export, models, predict, tasks, train, weights
 from halonet_jax import config as config_lib
-from halonet_jax import data, evaluate, export, models, predict, tasks, train, weights
-from halonet_jax.detection import Found
+from halonet_jax.detection import Found, MaskRCNN
 from halonet_jax.errors import ConfigError, DataError, ExportError
 from halonet_jax.tasks import detection
 from halonet_jax.training.evaluation import SumEvaluator
 
 ROOT = Path(__file__).parent.parent.parent
+PICTURE = str(ROOT / "docs" / "demo.png")
 
 
 def recipe():
@@ -27,34 +29,35 @@ def make_task(config, classes=10):
     return tasks.make_task(config, {"class_names": [str(n) for n in range(classes)], "preprocessing": {}})
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    config, workdir = recipe(), str(tmp_path_factory.mktemp("detector"))
+def tiny_model(config, num_classes):
+    """Two stages and no more levels, which compiles in half of the time."""
+    stages = models.stages("resnet50", stage_sizes=(1, 1, 1, 1), base_width=8, expansion_ratio=1.0)[:2]
+    backbone = models.create("resnet50", stages=stages, stem_width=8, bn_group_size=config.model.bn_group_size).backbone
+    spec = dataclasses.replace(detection.make_spec(config, num_classes), extra_level="none", box_bins=3, mask_bins=4)
+    return MaskRCNN(backbone, spec)
+
+
+def test_trains_and_evaluates_and_is_for_no_other_entry(tmp_path, monkeypatch):
+    monkeypatch.setattr(detection, "make_model", tiny_model)
+    config, workdir = recipe(), tmp_path / "run"
     config.data.image_size = config.data.scene_size = 48
     config.model.bn_group_size, config.tensorboard = 1, False
-    config.model.stage_sizes, config.model.stage_kinds = (1, 1, 1, 1), ("conv", "conv", "conv", "attention")  # compile faster
     config.detection.mask_convs, config.detection.box_dense = 0, (8,)
-    return train.train(config, workdir), workdir
-
-
-def test_trains_and_evaluates(run):
-    result, workdir = run
+    result = train.train(config, str(workdir))
     assert result.exit_code == 0 and result.metrics["eval/count"] == 8
     assert {"eval/box_ap", "eval/mask_ap", "eval/box_ap_small"} <= set(result.metrics)
-    reports = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
+    reports = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = {f"train/{name}" for name in ("loss", "rpn_score", "rpn_box", "class", "box", "mask")}
     assert sum(losses <= set(report) and np.isfinite([report[key] for key in losses]).all() for report in reports) == 2
-
-
-def test_other_entries_refuse_it_in_one_line(run, tmp_path):
-    workdir = run[1]
-    image, loaded, picture = np.zeros((1, 48, 48, 3), np.uint8), weights.load(workdir), str(ROOT / "docs" / "demo.png")
+    loaded, image = weights.load(str(workdir)), np.zeros((1, 48, 48, 3), np.uint8)
     for error, message, call in (
-        (ConfigError, "predict serves task='classification', .* 'detection'", lambda: predict.predict(loaded, [picture])),
+        (ConfigError, "predict serves task='classification', .* 'detection'", lambda: predict.predict(loaded, [PICTURE])),
         (ConfigError, "logits are of classifiers", lambda: loaded.logits(image)),
         (ConfigError, "features are of classifiers", lambda: loaded.features(image)),
-        (ExportError, "export serves task='classification'", lambda: export.export(workdir, tmp_path / "out")),
-        (ConfigError, "--per_class is for classification", lambda: evaluate.evaluate(workdir, per_class=True)),
+        (ConfigError, "attention maps need .* a MaskRCNN", lambda: attention_maps.Capture(loaded)),
+        (ConfigError, "the page serves task='classification'", lambda: demo.Viewer(loaded)),
+        (ExportError, "export serves task='classification'", lambda: export.export(str(workdir), tmp_path / "out")),
+        (ConfigError, "--per_class is for classification", lambda: evaluate.evaluate(str(workdir), per_class=True)),
     ):
         with pytest.raises(error, match=message) as raised:
             call()
