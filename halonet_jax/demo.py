@@ -61,7 +61,8 @@ class Viewer:
     def __init__(self, loaded: Loaded, max_pixels: int = MAX_PIXELS, name: str | None = None):
         if loaded.config.task != "classification":
             raise ConfigError(
-                f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}"
+                f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}; what serves "
+                "all tasks is halonet_jax.evaluate"
             )
         self._loaded, self._capture = loaded, attention_maps.Capture(loaded)
         options = loaded.config.data.copy_and_resolve_references()

@@ -21,7 +21,10 @@ from halonet_jax.evaluating.subject import open_subject
 from halonet_jax.runtime import stopping
 from halonet_jax.tasks.scoring import Scoring
 
-_LABELS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean over classes"}
+_LABELS = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean over classes"} | {
+    f"{kind}_ap{which}": f"{kind} AP{which.replace('_', ' ')}"
+    for kind in ("box", "mask") for which in ("", "50", "75", "_small", "_medium", "_large")
+}  # fmt: skip
 
 
 def evaluate(
@@ -56,12 +59,13 @@ def evaluate(
         out: folder for the result, in place of the above.
         label_key: feature of the TFDS data set that is the label; None: that of training. Where it is a sequence of
             labels, a prediction is right if it is any of them, and images without a label are left out.
-        per_class: also write `…_per_class.csv`, `…_confusion.csv` and `…_confusion.png`.
+        per_class: also write `…_per_class.csv`, `…_confusion.csv` and `…_confusion.png`. Not for a detector, which always
+            writes `…_detections.json`, in COCO's format of results.
 
     Returns:
         What is written: split, step, ema, the data's source, name, dir and label_key, count, corrupt, path, and each metric
         of the task, with `<metric>_count` where it is a share of the examples. For a `model`, its format too. "unlabelled"
-        where images may have several labels; "files" with `per_class`.
+        where images may have several labels; "files" with `per_class`, or of a detector.
 
     Raises:
         ConfigError, DataError, CheckpointError: for bad input. A data set with other classes than the checkpoint's is one.
@@ -74,12 +78,14 @@ def evaluate(
     split, data = subject.config.data.eval_split, files.about_data(subject)
     stem = files.stem(subject, split, files.data_ending(subject))
     contents = files.by_class(subject.metadata["class_names"], evaluator.confusion) if per_class else {}
+    if hasattr(evaluator, "detections"):
+        contents["_detections.json"] = json.dumps(evaluator.detections())
     contents = {f"{stem}{ending}": text for ending, text in contents.items()}
     result = {
         "split": split, "step": subject.step, "ema": subject.weights == "ema", "data": data, **found,
         "path": str(subject.folder / f"{stem}.json"), **({"format": subject.format} if subject.format else {}),
     }  # fmt: skip
-    if per_class:
+    if contents:
         result["files"] = [str(subject.folder / name) for name in contents]
     files.write(subject, contents | {f"{stem}.json": json.dumps(result, indent=2)}, result)
     if per_class:
@@ -144,7 +150,8 @@ def summary(result: dict) -> str:
         if key in other or key.endswith("_count"):
             continue
         count = f" ({result[f'{key}_count']}/{result['count']})" if f"{key}_count" in result else ""
-        parts.append(f"{_LABELS.get(key, key)} {value:.4f}{count}")
+        label = _LABELS.get(key, key)
+        parts.append(f"{label} none" if value < 0 else f"{label} {value:.4f}{count}")  # COCO's -1: there are no such objects
     corrupt = f"; {result['corrupt']} corrupt images left out" if result["corrupt"] else ""
     unlabelled = f"; {result['unlabelled']} images without a label left out" if result.get("unlabelled") else ""
     export = f"{result['format']}, " if "format" in result else ""
@@ -189,7 +196,7 @@ def main() -> int:
     )  # fmt: skip
     print(summary(result))
     for path in result.get("files", ()):
-        print(f"by class: {path}")
+        print(f"{'by class' if f.per_class else 'detections'}: {path}")
     print(f"written to {result['path']}")
     return 0
 

@@ -115,7 +115,10 @@ def _prepare(model, images, top, step, weights, batch_size, attention, places, h
     if jax.process_count() > 1:
         raise ConfigError(f"predict runs in one process, and this run has {jax.process_count()}; give each its own images")
     if model.config.task != "classification":
-        raise ConfigError(f"predict serves task='classification', and {model.folder} was trained for {model.config.task!r}")
+        raise ConfigError(
+            f"predict serves task='classification', and {model.folder} was trained for {model.config.task!r}; what serves all "
+            "tasks is halonet_jax.evaluate"
+        )
     draw = None
     if attention is not None:
         draw = _Pictures(model, Path(attention), places, heads, digits=len(str(len(source))))

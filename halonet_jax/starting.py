@@ -54,4 +54,6 @@ def create(init_from: str, task: Task, program: Programs) -> TrainState:
 
 
 def _place(tree: Any, like: Any) -> Any:
-    return jax.tree.map(lambda x, old: jax.device_put(np.array(x), old.sharding), tree, like)
+    """Puts arrays where those of `like` are. Parts that `tree` lacks stay as they are in `like`."""
+    parts = {name: like[name] for name in tree}
+    return {**like, **jax.tree.map(lambda x, old: jax.device_put(np.array(x), old.sharding), dict(tree), parts)}

@@ -153,6 +153,8 @@ def recipe_size(name: str) -> int:
     """
     if name in timm.NAMES:
         return timm.make_config(name).data.image_size
+    if re.fullmatch("resnet(50|101)_se(_halo)?", name):  # detection backbones
+        return 512
     return floors.IMAGE_SIZES.get(re.sub("_conv1(2(3)?)?$", "", name), DEFAULT_IMAGE_SIZE)
 
 

@@ -11,8 +11,12 @@ from halonet_jax import config as config_lib
 from halonet_jax import data, models, tasks
 from halonet_jax.costs import floors
 from halonet_jax.models import timm, variants
+from halonet_jax.training import optimizer
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+EVERY = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+
+DETECTORS = [name for name in EVERY if name.startswith("coco") or "mask_rcnn" in name]  # tests/tasks/test_detection.py runs one
+RECIPES = [name for name in EVERY if name not in DETECTORS]
 
 
 def load(name, argument=""):
@@ -22,10 +26,13 @@ def load(name, argument=""):
 
 
 def test_every_model_of_the_paper_has_a_recipe():
-    assert set(models.names()) - set(timm.MODELS) <= set(RECIPES)
+    shared = {"resnet50_se", "resnet101_se", "resnet101_se_halo"}  # resnet50_se_halo's
+    assert set(models.names()) - set(timm.MODELS) - shared <= set(RECIPES)
+    text = (Path(__file__).parent.parent / "configs" / "resnet50_se_halo.py").read_text()
+    assert all(name in text for name in shared)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY)
 def test_recipe(name):
     config = load(name)
     config.data.dir = config.data.dir or "DIR"  # what the user gives
@@ -48,6 +55,28 @@ def test_smoke_recipe_forward_and_backward(name):
     gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
     (loss, _), gradients = gradient(params, model_state, batch, jax.random.key(0))
     assert np.isfinite(loss) and all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_have_their_shapes(name):
+    """They take too long to compile to run each."""
+    for config in load(name), load(name, "smoke"):
+        config_lib.validate(config, device_count=4)
+        task = tasks.make_task(config, tasks.find(config).expected_metadata(config))
+    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+    assert set(shapes) == {"backbone", "fpn", "rpn_head", "box_head", "mask_head"}
+    assert sum(x.size for x in jax.tree.leaves(shapes)) < 10**6
+    with pytest.raises(config_lib.ConfigError, match="':tiny' and ':small' shrink recipes of task='classification'"):
+        load(name, "tiny")
+
+
+def test_steps_of_the_papers_detectors():
+    config = load("coco_r50_se_halo")
+    per_epoch = 117_266 / config.batch_size
+    assert [round(epoch * per_epoch) for epoch in (config.num_epochs, config.schedule.warmup_epochs)] == [67_500, 500]
+    schedule = optimizer.make_schedule(config, 67_500, per_epoch)
+    np.testing.assert_allclose([schedule(step) for step in (250, 500, 59_999, 60_000, 64_999, 65_000)],
+                               [0.05, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6)  # fmt: skip
 
 
 @pytest.mark.parametrize("argument, divisor", [("tiny", 4), ("small", 2)])
@@ -82,6 +111,8 @@ BAD = (
     ("optimizer.name", "adam", 1, "did you mean 'adamw'"),
     ("data.source", "imagenet", 1, "use one of tfds, folder, digits"),
     ("optimizer.name", "lamb", 1, "set --config.model.scan=False"),
+    ("data.source", "coco", 1, "has boxes, not classes of images; set --config.task=detection, or --config.data.source=folder"),
+    ("task", "detection", 1, "data.source='tfds' has no boxes, which task='detection' needs; set --config.data.source=coco or"),
     ("model.stem", "pacth", 1, "stem='pacth' is unknown"),
     ("model.stage_kinds", ("conv", "conv", "conv", "atention"), 1, "'atention' is unknown; did you mean attention"),
     ("data.image_size", 10**9, 1, "8 and 8192, or a tuple .height, width. of two; for example --config.data.image_size=256"),

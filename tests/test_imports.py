@@ -13,12 +13,13 @@ ANY_LIBRARY = None
 RULES = {
     "ops": (set(), {"jax", "numpy"}),
     "models": ({"ops", "models"}, {"jax", "flax", "numpy"}),
+    "detection": ({"ops", "models"}, {"jax", "flax", "numpy"}),
     "errors": (set(), set()),
     "config": ({"errors", "ops", "models"}, ANY_LIBRARY),
     "data": ({"errors"}, ANY_LIBRARY),
     "runtime": ({"errors", "config", "STARTED"}, ANY_LIBRARY),
     "training": ({"errors", "config", "runtime"}, ANY_LIBRARY),
-    "tasks": ({"errors", "config", "ops", "models", "data", "runtime", "training"}, ANY_LIBRARY),
+    "tasks": ({"errors", "config", "ops", "models", "detection", "data", "runtime", "training"}, ANY_LIBRARY),
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
@@ -26,8 +27,11 @@ RULES = {
     "studies": ({"errors", "config", "models", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
-    "predict": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
-    "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "command_line"}, ANY_LIBRARY),
+    "detection_pictures": ({"errors", "data"}, ANY_LIBRARY),
+    "predict": (
+        {"errors", "data", "runtime", "training", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY
+    ),
+    "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY),
     "starting": ({"errors", "training", "weights"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),
     "evaluate": ({"errors", "runtime", "tasks", "command_line", "exporting", "evaluating"}, ANY_LIBRARY),

@@ -41,7 +41,8 @@ class Transform:
 class MeanOverlap:
     """Intersection over union of each predicted box with its own, computed on the host."""
 
-    def __init__(self):
+    def __init__(self, source):
+        assert isinstance(source, Canvases)
         self._overlaps = []
 
     def add(self, values):

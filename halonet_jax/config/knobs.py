@@ -27,10 +27,11 @@ from halonet_jax.ops.halo_attention import PADDINGS, WINDOWS
 
 PAPER, IMPLIED, OPEN, OURS = "paper", "implied", "open", "ours"
 DTYPES = ("float32", "bfloat16")
-SOURCES = ("tfds", "folder", "digits", "digit_scenes")
+SOURCES = ("tfds", "folder", "digits", "digit_scenes", "coco")
 SCENE_LABELS = ("most", "left", "largest")
 INTERPOLATIONS = ("area_bicubic", "bicubic")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
+DETECTORS = ("paper", "detectron2")
 
 
 class Knob(NamedTuple):
@@ -59,7 +60,7 @@ class Knob(NamedTuple):
 RUN = (
     Knob("seed", 0, Whole(0, 2**63 - 1), "", OURS,  # upper limit of jax.random.key
          "seed of initial parameters, order of examples, augmentation and dropout"),
-    Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`"),
+    Knob("task", "classification", Text(), "", OURS, "name of the task, from `halonet_jax.tasks`: classification or detection"),
     Knob("init_from", "", Text(may_be_empty=True), "", PAPER,
          "weights to start from: a workdir, a folder of halonet_jax.export, or hf://OWNER/NAME; empty: random ones"),
     Knob("batch_size", 4096, Whole(1, 2**20), "images", PAPER, "size of a training batch, over all devices and hosts"),
@@ -139,7 +140,8 @@ MODEL = (
 DATA = (
     Knob("source", "tfds", Choice(SOURCES), "", OURS, "where images come from"),
     Knob("name", "imagenet2012", Text(), "", PAPER, "name of the TFDS data set"),
-    Knob("dir", "", Text(may_be_empty=True), "", OURS, "TFDS data folder, or root of an image folder"),
+    Knob("dir", "", Text(may_be_empty=True), "", OURS,
+         "TFDS data folder, or root of an image folder or of a data set in COCO's layout"),
     Knob("train_split", "train", Text(), "", PAPER, "split to train on, or a slice of it, such as train[:10%] or train[:100]"),
     Knob("eval_split", "validation", Text(), "", PAPER, "split to evaluate on, or a slice of it"),
     Knob("label_key", "label", Text(), "", OURS, "feature of the TFDS data set that is the label"),
@@ -177,16 +179,25 @@ DATA = (
          "more: more digits in a digit scene, of more different sizes, more clutter and noise, less contrast"),
     Knob("num_train_scenes", 20_000, Whole(1), "scenes", OURS, "number of digit scenes to train on"),
     Knob("num_eval_scenes", 2_000, Whole(1), "scenes", OURS, "number of digit scenes to evaluate on"),
-    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS, "skip and count a corrupt image, or stop"),
+    Knob("on_corrupt", "skip", Choice(("skip", "stop")), "", OURS,
+         "skip and count a corrupt image or annotation, or stop"),
     Knob("num_threads", 16, Whole(1, 4096), "threads", OURS, "threads for reading and decoding, in each process"),
     Knob("num_workers", 0, Whole(0, 4096), "processes", OURS,
          "processes for reading and decoding, on each host; 0: only threads"),
     Knob("prefetch", 4, Whole(1, 4096), "batches", OURS, "batches to prepare in advance"),
+    # From here on, for detection.
+    Knob("annotations", "annotations/instances_{split}.json", Text(), "", OURS,
+         "COCO's file of a split's objects, from dir on; {split} stands for the split"),
+    Knob("images", "{split}", Text(), "", OURS, "folder of a split's images in COCO's layout, likewise"),
+    Knob("max_objects", 100, Whole(1, 10000), "objects", OPEN, "most objects of an image in training; others are left out"),
+    Knob("scale_jitter", (0.8, 1.25), Tuple(Real(0.01, 100), 2, 2, rising=True), "", PAPER,
+         "range of the scale in training, over that at which the image fits; (0.1, 2.0): large-scale jitter"),
 )
 
 OPTIMIZER = (
-    Knob("name", "sgd", Choice(OPTIMIZERS), "", PAPER, "optimizer; sgd has Nesterov momentum"),
+    Knob("name", "sgd", Choice(OPTIMIZERS), "", PAPER, "optimizer"),
     Knob("momentum", 0.9, Real(0, 0.999999), "", OPEN, "momentum of sgd"),
+    Knob("nesterov", True, Switch(), "", OPEN, "Nesterov momentum, for sgd; False in the paper's detectors"),
     Knob("b1", 0.9, Real(0, 0.999999), "", OURS, "decay of the first moment, for adamw and lamb"),
     Knob("b2", 0.999, Real(0, 0.999999), "", OURS, "decay of the second moment, for adamw and lamb"),
     Knob("weight_decay", 2e-5, Real(0, 1000), "", PAPER,
@@ -195,6 +206,24 @@ OPTIMIZER = (
     Knob("layer_decay", 1.0, Real(0.01, 1), "", OURS,
          "the learning rate of each block over that of the block above it, for fine-tuning; 1: all the same"),
     Knob("accumulation_steps", 1, Whole(1, 2**20), "micro-batches", OURS, "number of micro-batches per step"),
+)
+
+DETECTION = (
+    Knob("recipe", "paper", Choice(DETECTORS), "", PAPER,
+         "conventions of Mask R-CNN, see `detection/spec.py`: the paper's, or those of detectron2"),
+    # None means the value of the recipe.
+    Knob("width", None, Whole(1, 2**16), "channels", PAPER, "of the feature pyramid and of the heads' convolutions", 256),
+    Knob("anchor_size", None, Real(0.001, 1000), "strides", PAPER, "side of a square anchor, in strides of its level", 8.0),
+    Knob("candidates", None, Whole(2, 2**20), "boxes", PAPER,
+         "of a level, before overlapping ones are left out; half as many in evaluation", 2000),
+    Knob("proposals", None, Whole(1, 2**20), "boxes", PAPER, "of an image, for the second stage", 1000),
+    Knob("roi_samples", None, Whole(1, 2**20), "regions", PAPER, "of an image, that the second stage is trained on", 512),
+    Knob("roi_base_size", None, Real(1, 2**16), "pixels", PAPER, "side of a region that is cut from the level of stride 16",
+         224.0),
+    Knob("box_dense", None, Tuple(Whole(1, 2**16), 0, 10), "channels", PAPER, "of the box head's dense layers",
+         (1024, 1024)),
+    Knob("mask_convs", None, Whole(0, 100), "layers", PAPER, "3x3 convolutions of the mask head", 4),
+    Knob("detections", None, Whole(1, 2000), "objects", PAPER, "most detections of an image", 100),
 )
 
 SCHEDULE = (
@@ -219,7 +248,8 @@ MESH = (
 # Section name to its table; "" holds the knobs without a section. A task may pass another mapping to `build`,
 # `recipes.imagenet`, `serialization.from_json` and `validation.validate`.
 SECTIONS: Mapping[str, tuple[Knob, ...]] = {
-    "": RUN, "model": MODEL, "data": DATA, "optimizer": OPTIMIZER, "schedule": SCHEDULE, "mesh": MESH,
+    "": RUN, "model": MODEL, "data": DATA, "detection": DETECTION, "optimizer": OPTIMIZER, "schedule": SCHEDULE,
+    "mesh": MESH,
 }  # fmt: skip
 
 

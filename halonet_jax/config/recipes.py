@@ -99,6 +99,8 @@ def with_argument(config: ml_collections.ConfigDict, argument: str) -> ml_collec
 def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """Shrinks a recipe so that it runs in seconds on a CPU: narrow, with few blocks and steps, on the digits.
 
+    A detector runs on digit scenes, and needs up to a minute, most of it to compile.
+
     Args:
         config: the recipe's config, changed in place.
 
@@ -121,6 +123,19 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.model.base_width = 16
     config.model.stem_width = 16
     config.model.final_width = 32 if variants.VARIANTS[config.model.name]["final_width"] else 0
+    return _smoke_detector(config) if config.task == "detection" else config
+
+
+def _smoke_detector(config):
+    config.data = digit_scenes().data
+    config.data.scene_label, config.data.max_objects = "largest", 5
+    config.data.num_train_scenes, config.data.num_eval_scenes = 64, 8
+    config.batch_size, config.eval_batch_size, config.num_epochs, config.max_steps = 4, 4, 1.0, 2
+    config.schedule.milestones = ()
+    d = config.detection
+    d.width, d.anchor_size, d.roi_base_size = 16, 4.0, 64.0
+    d.candidates, d.proposals, d.roi_samples, d.detections = 64, 32, 16, 10
+    d.box_dense, d.mask_convs = (32,), 1
     return config
 
 
@@ -182,6 +197,11 @@ _SCENE_OPS = ("auto_contrast", "equalize", "invert", "color", "contrast", "sharp
 
 
 def _shrink(config, divisor, image_size):
+    if config.task != "classification":
+        raise ConfigError(
+            f"':tiny' and ':small' shrink recipes of task='classification', and this one is of {config.task!r}; write ':smoke', or "
+            "use configs/digit_scenes_mask_rcnn.py"
+        )
     given = {key: value for key, value in derived.model_options(config).items() if key in variants.DEFAULTS}
     try:
         v = variants.resolve(config.model.name, **given)

@@ -1,6 +1,7 @@
 """Checks a config before data is opened and programs are compiled."""
 
 import difflib
+import numbers
 import shlex
 from collections.abc import Mapping
 
@@ -33,12 +34,39 @@ def validate(
         check_knob(config, key, sections)
     _check_model(config)
     _check_schedule(config)
+    if config.data.source == "coco" and config.task == "classification":
+        raise ConfigError(
+            "data.source='coco' has boxes, not classes of images; set --config.task=detection, or --config.data.source=folder"
+        )
+    if config.task == "detection":
+        check_detection_data(config)
     if config.optimizer.name == "lamb" and config.model.scan:
         raise ConfigError(
             "optimizer.name='lamb' has one trust ratio for each array, and model.scan=True puts a stage's blocks into one; set "
             "--config.model.scan=False"
         )
     _check_batches(config, device_count)
+
+
+def check_detection_data(config: ml_collections.ConfigDict) -> None:
+    """Checks that a config's data is for detection.
+
+    Args:
+        config: a whole config.
+
+    Raises:
+        ConfigError: the source has no boxes, or the input is not square.
+    """
+    source, size = config.data.source, config.data.image_size
+    if source not in ("coco", "digit_scenes"):
+        raise ConfigError(
+            f"data.source={source!r} has no boxes, which task='detection' needs; set --config.data.source=coco or digit_scenes"
+        )
+    if not isinstance(size, numbers.Integral):
+        raise ConfigError(
+            f"data.image_size={size} must be one side, of a square, for task='detection'; for example "
+            f"--config.data.image_size={max(size)}"
+        )
 
 
 def show(value) -> str:

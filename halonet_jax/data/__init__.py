@@ -1,7 +1,9 @@
-"""Input: sources of labelled images, their transforms, and batches as a function of the step."""
+"""Input: sources of images with labels or objects, their transforms, and batches as a function of the step."""
 
 from halonet_jax.data import randaugment
 from halonet_jax.data.classification import ClassificationTransform
+from halonet_jax.data.coco import CocoSource
+from halonet_jax.data.detection import DetectionTransform
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Field, Source, Transform
 from halonet_jax.data.files import FileSource
@@ -18,14 +20,16 @@ from halonet_jax.data.images import (
 )
 from halonet_jax.data.loader import Loader, eval_batches, train_batches
 from halonet_jax.data.opening import open_source
-from halonet_jax.data.scenes import DigitScenes
+from halonet_jax.data.scenes import DigitScenes, SceneObjects
 from halonet_jax.data.tfds import NotPrepared, TfdsSource
 from halonet_jax.errors import CorruptImage, DataError
 
 __all__ = [
     "ClassificationTransform",
+    "CocoSource",
     "CorruptImage",
     "DataError",
+    "DetectionTransform",
     "DigitScenes",
     "DigitsSource",
     "Field",
@@ -33,6 +37,7 @@ __all__ = [
     "FolderSource",
     "Loader",
     "NotPrepared",
+    "SceneObjects",
     "Source",
     "TfdsSource",
     "Transform",

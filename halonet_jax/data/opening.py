@@ -1,8 +1,9 @@
-"""Opens the configured data set: TFDS array_record files, an image folder, scikit-learn's digits, or scenes of them."""
+"""Opens the configured data set: TFDS array_record files, an image folder, COCO's layout, digits, or scenes of them."""
 
 from collections.abc import Callable, Sequence
 
 from halonet_jax.data import subsets
+from halonet_jax.data.coco import CocoSource
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Source
 from halonet_jax.data.folder import FolderSource
@@ -10,7 +11,7 @@ from halonet_jax.data.scenes import DigitScenes
 from halonet_jax.data.tfds import TfdsSource
 from halonet_jax.errors import DataError
 
-SOURCES = ("tfds", "folder", "digits", "digit_scenes")
+SOURCES = ("tfds", "folder", "digits", "digit_scenes", "coco")
 
 
 def open_source(
@@ -33,7 +34,7 @@ def open_source(
             "data.dir" gives "--config.data.dir" in training.
 
     Returns:
-        A source for `halonet_jax.data.ClassificationTransform`.
+        A source for `halonet_jax.data.ClassificationTransform`; of COCO's layout, for `DetectionTransform`.
 
     Raises:
         DataError: if the data set, the split or a class folder is missing, empty or of the wrong kind, if images have
@@ -51,11 +52,22 @@ def open_source(
         return FolderSource(
             data_config.dir, split, data_config.train_split, role, class_names=class_names, classes=classes, flag=flag
         )
+    if data_config.source == "coco" and classes:
+        raise DataError(
+            f"data.classes={classes} does not work with data.source=coco; leave the other categories out of its JSON files, or set"
+            " data.classes=()"
+        )
     if data_config.source == "tfds" and classes:
         raise DataError(
             f"data.classes={classes} does not work with data.source=tfds, which has no index of labels; export the images of"
             " these classes to DIR/<split>/<class>/ and train with data.source=folder, or set data.classes=()"
         )
+    if data_config.source == "coco":
+        return CocoSource(
+            data_config.dir, split, annotations=data_config.annotations, images=data_config.images,
+            training=role == "train_split", on_corrupt=data_config.on_corrupt, class_names=class_names,
+            train_split=data_config.train_split, role=role, flag=flag,
+        )  # fmt: skip
     if data_config.source == "digits":
         source = DigitsSource(split, role, classes=classes, flag=flag)
     elif data_config.source == "digit_scenes":

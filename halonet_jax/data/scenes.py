@@ -1,11 +1,12 @@
 """Scenes of several scanned digits on a textured background, drawn on demand, with labels, boxes and masks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from halonet_jax.data import drawing, subsets
+from halonet_jax.data import annotations, drawing, subsets
 from halonet_jax.data.digits import CLASSES, scans
 from halonet_jax.data.layouts import LABELS, Layouts
 from halonet_jax.errors import DataError
@@ -150,6 +151,44 @@ class DigitScenes:
         bottom, right = min(self._size, digit.top + digit.height + 1), min(self._size, digit.left + digit.width + 1)
         image[[top, bottom - 1], left:right] = level
         image[top:bottom, [left, right - 1]] = level
+
+
+class SceneObjects:
+    """Digit scenes as a source for detection: the records of `halonet_jax.data.annotations`.
+
+    Args:
+        scenes: what to draw.
+
+    Attributes:
+        class_names: by label.
+    """
+
+    def __init__(self, scenes: DigitScenes):
+        self._scenes, self.class_names = scenes, scenes.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @functools.cached_property
+    def annotations(self) -> annotations.Annotations:
+        """The objects of all scenes, with which the split can be evaluated. The first use draws every scene."""
+        return annotations.of_records(map(self.__getitem__, range(len(self))), self.class_names)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self._scenes.scene(index), "index": index}
+
+    def name(self, index: int) -> str:
+        """Returns the name of a scene.
+
+        Args:
+            index: number of the scene.
+        """
+        return self._scenes.name(index)
 
 
 def _paint(image, digit, ink, color):

@@ -126,7 +126,7 @@ def run(subject: Subject, source: Source, scoring: Scoring = TRAINING, programs:
         programs[scoring] = subject.program(task)
     loader = Inputs(config, task, None, source, flag=flag).eval_batches()
     with sharding.DeviceBatches(loader, subject.mesh) as batches:
-        evaluators = evaluation.evaluate(programs[scoring], task.evaluator, {"eval": subject.variables}, batches)
+        evaluators = evaluation.evaluate(programs[scoring], task.evaluator, source, {"eval": subject.variables}, batches)
         corrupt = int(distributed.gather(loader.num_corrupt).sum())
     evaluator, split = evaluators["eval"], config.data.eval_split
     found = evaluator.result()

@@ -43,7 +43,10 @@ def write(
     """
     formats.check(list(names))
     if loaded.model is None or loaded.task.normalize is None:
-        raise ExportError(f"{loaded.folder} is of task {loaded.config.task!r}, which has no model to export")
+        raise ExportError(
+            f"export serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}; what serves all "
+            "tasks is halonet_jax.evaluate"
+        )
     out = check_out(out, overwrite)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:

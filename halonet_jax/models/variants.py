@@ -49,6 +49,11 @@ _RESNET50 = dict(
 )  # fmt: skip
 
 
+# Detection backbones: squeeze-and-excitation of 1/8 in all blocks (section 4).
+_RESNET50_SE = dict(_RESNET50, stage_kinds=("conv",) * 4, se_ratio=1 / 8)
+_RESNET101_SE = dict(_RESNET50_SE, stage_sizes=(3, 4, 23, 3))
+
+
 def _with_convs(variant, stages, **rest):
     return dict(variant, stage_kinds=("conv",) * stages + ("attention",) * (4 - stages), **rest)
 
@@ -75,6 +80,11 @@ VARIANTS = {
     # The ablations' models: ResNet-50's allocation, 16 channels per head.
     "halonet50": _RESNET50,
     "resnet50": dict(_RESNET50, stage_kinds=("conv",) * 4),
+    # Halo attention in place of the last three 3x3 convolutions, those of stage 4. The paper has block sizes 8 and 32.
+    "resnet50_se": _RESNET50_SE,
+    "resnet50_se_halo": _with_convs(_RESNET50_SE, 3),
+    "resnet101_se": _RESNET101_SE,
+    "resnet101_se_halo": _with_convs(_RESNET101_SE, 3),
     # These have "stages" in place of what describes the paper's stages.
     **timm.MODELS,
 }

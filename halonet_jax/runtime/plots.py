@@ -9,7 +9,7 @@ from etils import epath
 from halonet_jax.runtime import reporting
 
 SURFACE, INK, MUTED, GRID = "#fcfcfb", "#1f1f1e", "#6b6a66", "#e4e3df"
-_TITLES = {"top1": "Top-1 accuracy"}
+_TITLES = {"top1": "Top-1 accuracy", "box_ap": "Box AP"}
 COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#eda100", "#4a3aa7", "#e34948")
 
 

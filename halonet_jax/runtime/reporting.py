@@ -17,7 +17,7 @@ from halonet_jax.errors import NonFiniteLoss, StorageError
 from halonet_jax.runtime import storage
 from halonet_jax.runtime.workdir import locate
 
-_LABELS = {"top1": "top-1"}  # of metrics on the terminal, where the name is not what people call it
+_LABELS = {"top1": "top-1", "box_ap": "box AP"}  # of metrics on the terminal, where the name is not what people call it
 
 
 class StepMetrics:

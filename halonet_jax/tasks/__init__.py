@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import ml_collections
 
 from halonet_jax.errors import ConfigError
-from halonet_jax.tasks import classification
+from halonet_jax.tasks import classification, detection
 from halonet_jax.training.task import Task
 
 
@@ -39,7 +39,8 @@ _DEFINITIONS = {
         classification.expected_metadata,
         classification.make_task,
         classification.scored,
-    )
+    ),
+    "detection": Definition(detection.open_source, detection.metadata, detection.expected_metadata, detection.make_task),
 }
 
 

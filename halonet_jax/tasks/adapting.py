@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from halonet_jax import models
+from halonet_jax import data, models
 from halonet_jax.models import transfer
 
 
 def adapt(
     variables: Mapping[str, Any], source: models.HaloNet, target: models.HaloNet, old_classes: Sequence[str],
-    new_classes: Sequence[str], image_size: int,
+    new_classes: Sequence[str], image_size: int | tuple[int, int],
 ) -> tuple[dict[str, Any], list[tuple[str, str]]]:  # fmt: skip
     """Makes variables of `source` fit `target`.
 
@@ -26,7 +26,7 @@ def adapt(
         target: the model that they shall fit.
         old_classes: class names of `source`, by label.
         new_classes: class names of `target`, by label.
-        image_size: side of the images of `target`, in pixels.
+        image_size: side of the images of `target`, or (height, width), in pixels.
 
     Returns:
         Variables of `target`, and what was done, as rows of two texts for the terminal.
@@ -34,15 +34,47 @@ def adapt(
     Raises:
         ValueError: an array of `target` is not in `variables`, or has another shape there; the message names it.
     """
-    rows, found = [], dict(variables)
-    if source.backbone.scan:
-        found = transfer.unstack_blocks(found, source.backbone.stages)
-    unrolled = target.clone(backbone=target.backbone.clone(scan=False, parent=None), parent=None)
-    wanted = jax.eval_shape(lambda: unrolled.init(jax.random.key(0), jnp.zeros((1, image_size, image_size, 3)), train=False))
+    found, rows, interpolated = _fit_backbone(variables, source.backbone, target.backbone, image_size)
+    found = {name: {**tree, **found[name]} for name, tree in variables.items()}
+    found = _with_classes(found, old_classes, new_classes, rows)
+    _check_same(found, _shapes(target, image_size))
+    rows.insert(0, (f"{len(jax.tree.leaves(found)) - interpolated - 2} arrays", "taken as they are"))
+    return found, rows
+
+
+def adapt_backbone(
+    variables: Mapping[str, Any], source: models.Backbone, target: models.Backbone, image_size: int | tuple[int, int]
+) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Makes the backbone of one model fit that of another, and leaves the rest out.
+
+    Args:
+        variables: as of `adapt`.
+        source: the backbone in them.
+        target: the backbone that they shall fit.
+        image_size: as of `adapt`.
+
+    Returns:
+        `{"params": {"backbone": …}, …}` of `target`, and what was done, as of `adapt`.
+
+    Raises:
+        ValueError: as `adapt`.
+    """
+    found, rows, interpolated = _fit_backbone(variables, source, target, image_size)
+    taken = len(jax.tree.leaves(found)) - interpolated
+    return found, [(f"{taken} arrays of the backbone", "taken as they are"), *rows]
+
+
+def _fit_backbone(variables, source, target, image_size):
+    """The backbone's variables, rows on interpolated tables, and how many these are."""
+    rows, found = [], {name: {"backbone": tree["backbone"]} for name, tree in variables.items()}
+    if source.scan:
+        found = transfer.unstack_blocks(found, source.stages)
+    shapes = _shapes(target.clone(scan=False, parent=None), image_size)
+    wanted = {name: {"backbone": tree} for name, tree in shapes.items()}
     _check_blocks(found["params"]["backbone"], wanted["params"]["backbone"])
-    _check_same(found, wanted, free=("attention/rel_", "attention/abs_", "params/classifier/"))
-    relative = transfer.resize_relative_tables(found, target.backbone.stages)
-    absolute = transfer.resize_absolute_tables(relative, target.backbone, image_size, image_size)
+    _check_same(found, wanted, free=("attention/rel_", "attention/abs_"))
+    relative = transfer.resize_relative_tables(found, target.stages)
+    absolute = transfer.resize_absolute_tables(relative, target, *data.height_and_width(image_size))
     interpolated = 0
     for kind, old, new, why in (
         ("relative", found, relative, "block and halo sizes"), ("absolute", relative, absolute, "image size"),
@@ -51,10 +83,13 @@ def adapt(
         interpolated += count
         if count:
             rows.append((f"{count} {kind} tables", f"interpolated to the new {why}"))
-    found = _with_classes(absolute, old_classes, new_classes, rows)
-    _check_same(found, wanted)
-    rows.insert(0, (f"{len(jax.tree.leaves(found)) - interpolated - 2} arrays", "taken as they are"))
-    return (transfer.stack_blocks(found, target.backbone.stages) if target.backbone.scan else found), rows
+    _check_same(absolute, wanted)
+    return (transfer.stack_blocks(absolute, target.stages) if target.scan else absolute), rows, interpolated
+
+
+def _shapes(module, image_size):
+    images = jnp.zeros((1, *data.height_and_width(image_size), 3))
+    return jax.eval_shape(lambda: module.init(jax.random.key(0), images, train=False))
 
 
 def _with_classes(variables, old_classes, new_classes, rows):

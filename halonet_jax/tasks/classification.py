@@ -1,7 +1,6 @@
 """Image classification with label smoothing, mixup and CutMix."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import optax
 from halonet_jax import config as config_lib
 from halonet_jax import data, models
 from halonet_jax.models import freezing
-from halonet_jax.tasks import adapting, mixing, scoring
+from halonet_jax.tasks import adapting, frozen, mixing, scoring
 from halonet_jax.training.task import Task
 
 # For compile checks. Other sources count as ImageNet.
@@ -117,14 +116,6 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     def predict(params, model_state, batch):
         return model.apply({"params": params, "batch_stats": model_state}, normalize(batch["image"]), train=False)
 
-    if config.model.freeze and (
-        unmatched := freezing.unmatched(jax.eval_shape(init, jax.random.key(0))[0], config.model.freeze)
-    ):
-        raise config_lib.ConfigError(
-            f"model.freeze has {unmatched[0]!r}, which matches no parameter; patterns look like 'backbone/stage1_*', and "
-            "models.create(...).init(...) shows all names"
-        )
-
     def transform(training):
         return data.ClassificationTransform(data_config, num_classes=num_classes, training=training)
 
@@ -138,7 +129,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     return Task(
         init, loss, predict, scoring.make_metrics(num_classes), primary_metric="top1", transform=transform,
         metadata=metadata, describe=describe, model=model, normalize=normalize, distances=freezing.distances_from_top, adapt=adapt,
-        frozen=functools.partial(freezing.frozen, patterns=config.model.freeze) if config.model.freeze else None,
+        frozen=frozen.rule(config.model.freeze, init),
     )  # fmt: skip
 
 
@@ -154,7 +145,7 @@ def scored(task: Task, config: ml_collections.ConfigDict, how: scoring.Scoring) 
     transform = data.ClassificationTransform(
         config.data, num_classes=num_classes, training=False, multi_label=how.multi_label, allowed=how.classes
     )
-    confusion = functools.partial(scoring.ConfusionEvaluator, len(how.classes or range(num_classes)))
+    confusion = lambda source: scoring.ConfusionEvaluator(len(how.classes or range(num_classes)))
     return dataclasses.replace(
         task, metrics=scoring.make_metrics(num_classes, how), transform=lambda training: transform,
         evaluator=confusion if how.per_class else task.evaluator,

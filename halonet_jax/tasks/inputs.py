@@ -19,6 +19,9 @@ class Inputs:
         train_source: the training split. None is enough for evaluation.
         eval_source: the evaluation split.
         flag: spells the command-line flag that sets a config key, for remedies; "" where the entry has none.
+
+    Attributes:
+        eval_source: as given.
     """
 
     def __init__(
@@ -30,7 +33,7 @@ class Inputs:
         flag: Callable[[str], str] = "--config.{}".format,
     ):
         self._config, self._task = config, task
-        self._train_source, self._eval_source = train_source, eval_source
+        self._train_source, self.eval_source = train_source, eval_source
         self._share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "flag": flag}
 
     @property
@@ -53,5 +56,5 @@ class Inputs:
         """Returns the batches of one pass over the evaluation split, in order."""
         batch_size = self._config.eval_batch_size or self._config.batch_size
         return data.eval_batches(
-            self._eval_source, self._task.transform(False), self._config.data, batch_size=batch_size, **self._share
+            self.eval_source, self._task.transform(False), self._config.data, batch_size=batch_size, **self._share
         )  # fmt: skip

@@ -46,7 +46,8 @@ class SumEvaluator:
 
 def evaluate(
     eval_step: Callable,
-    evaluator: Callable[[], Evaluator],
+    evaluator: Callable[[Any], Evaluator],
+    source: Any,
     weights: dict[str, Any],
     batches: Iterable[dict],
     call: Callable[[Callable], Any] = lambda function: function(),
@@ -55,7 +56,8 @@ def evaluate(
 
     Args:
         eval_step: `(weights, batch) -> tree`, as `step.make_eval_step` makes it.
-        evaluator: makes one accumulator; called once for each entry of `weights`.
+        evaluator: makes one accumulator for `source`; called once for each entry of `weights`.
+        source: of the split, which may hold what outputs are compared with.
         weights: `(params, model_state)` by name.
         batches: global batches with a "mask".
         call: runs a function that may block (compiling, waiting for a device) and returns its result. Training passes one
@@ -64,7 +66,7 @@ def evaluate(
     Returns:
         The evaluators, by the names of `weights`.
     """
-    evaluators = {name: evaluator() for name in weights}
+    evaluators = {name: call(lambda: evaluator(source)) for name in weights}
 
     def add(outputs):
         for name, values in call(lambda: jax.device_get(outputs)).items():

@@ -198,7 +198,7 @@ def evaluate(run: Run, state: TrainState, at_step: int) -> dict[str, float]:
         The report: "eval/…" and "eval_ema/…" by metric, with "eval/count" and "eval/corrupt".
 
     Raises:
-        Stopped: where a signal came. It is looked for at every batch.
+        Stopped: where a signal came. It is looked for at every batch, and while the result is computed.
         DataError: where not one image could be read.
     """
     loader = run.inputs.eval_batches()
@@ -213,10 +213,12 @@ def evaluate(run: Run, state: TrainState, at_step: int) -> dict[str, float]:
 
     with sharding.DeviceBatches(loader, run.programs.mesh, check=run.stop.check) as batches:
         evaluators = evaluation.evaluate(
-            run.programs.eval_step, run.task.evaluator, state.weights(), watched(batches), run.stop.interruptible
-        )
+            run.programs.eval_step, run.task.evaluator, run.inputs.eval_source, state.weights(), watched(batches),
+            run.stop.interruptible,
+        )  # fmt: skip
         corrupt = int(distributed.gather(loader.num_corrupt).sum())
-    found = {name: evaluator.result() for name, evaluator in evaluators.items()}
+    run.watchdog.doing(f"the result of the evaluation of step {at_step}")
+    found = {name: run.stop.interruptible(evaluator.result) for name, evaluator in evaluators.items()}
     if not found["eval"]["count"]:
         split = run.config.data.eval_split
         raise DataError(f"no image of {split!r} could be read, {corrupt} are corrupt; see the warnings above")

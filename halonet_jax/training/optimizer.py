@@ -39,7 +39,7 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
 def make_optimizer(
     config: ml_collections.ConfigDict, schedule: optax.Schedule, task: Task | None = None
 ) -> optax.GradientTransformation:
-    """Returns SGD with Nesterov momentum, AdamW or LAMB, with gradient clipping if `clip_norm` is above 0.
+    """Returns SGD with momentum, AdamW or LAMB, with gradient clipping if `clip_norm` is above 0.
 
     Weight decay applies to kernels only. SGD adds it to the gradient, like an L2 penalty. AdamW and LAMB decouple it.
 
@@ -53,7 +53,7 @@ def make_optimizer(
     if o.name == "sgd":
         optimizer = optax.chain(
             optax.add_decayed_weights(o.weight_decay, decay_mask),
-            optax.sgd(schedule, momentum=o.momentum, nesterov=True),
+            optax.sgd(schedule, momentum=o.momentum, nesterov=o.nesterov),
         )
     else:
         make = {"adamw": optax.adamw, "lamb": optax.lamb}[o.name]

@@ -23,7 +23,8 @@ class Task:
         metrics: `(outputs, batch) -> tree of arrays`, compiled together with `predict`. For `SumEvaluator` the arrays
             are sums over the examples in `mask`. A task's own evaluator may take others, such as boxes and scores per
             example.
-        evaluator: `() -> Evaluator`. The evaluator takes those arrays on the host and returns the result of a split.
+        evaluator: `(source) -> Evaluator`, for the source of a split. The evaluator takes those arrays on the host and
+            returns the result of the split. Its `result` may take minutes.
         primary_metric: key of that result. It ranks checkpoints and is drawn in curves. Higher is better.
         transform: `(training) -> halonet_jax.data.Transform`. The transform turns a source's record into the fields of
             a row. Its `fields` give the shapes and dtypes of a batch.
@@ -35,14 +36,15 @@ class Task:
         frozen: `(params) -> tree of bools`: which parameters are not trained; None: all are.
         distances: `(params) -> tree`: layers between each parameter and the output, for `optimizer.layer_decay`.
         adapt: `(variables, model, metadata) -> (variables, rows)`: makes another model's variables fit this task, for
-            `init_from`. Rows are `(what, how)` texts for the terminal. Raises ValueError for what does not fit.
+            `init_from`. What it leaves out starts at random. Rows are `(what, how)` texts for the terminal. Raises
+            ValueError for what does not fit.
     """
 
     init: Callable[..., tuple[Any, Any]]
     loss: Callable[..., tuple[Any, tuple[Any, dict]]] | None
     predict: Callable[..., Any] | None
     metrics: Callable[..., Any] | None
-    evaluator: Callable[[], Evaluator] = SumEvaluator
+    evaluator: Callable[[Any], Evaluator] = lambda source: SumEvaluator()
     primary_metric: str = "loss"
     transform: Callable[[bool], Any] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)

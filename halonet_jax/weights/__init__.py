@@ -58,7 +58,11 @@ class Loaded:
 
         Args:
             images: uint8 `[B, H, W, 3]`, RGB. The paper's evaluation crops them to `metadata["preprocessing"]["image_size"]`.
+
+        Raises:
+            ConfigError: the model detects objects.
         """
+        self._check_classifies("logits")
         return self._predict(self.variables, {"image": images})
 
     def features(self, images: Any) -> tuple[jax.Array, ...]:
@@ -66,8 +70,19 @@ class Loaded:
 
         Args:
             images: as of `logits`.
+
+        Raises:
+            ConfigError: the model detects objects.
         """
+        self._check_classifies("features")
         return self._features(self.variables, images)
+
+    def _check_classifies(self, what):
+        if self.config.task == "detection":
+            raise ConfigError(
+                f"{what} are of classifiers, and {self.folder} was trained for task='detection'; task.predict takes its variables "
+                "and a batch"
+            )
 
     @functools.cached_property
     def _predict(self):

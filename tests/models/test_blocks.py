@@ -70,9 +70,7 @@ def test_attention_layers_are_those_that_run(model):
 
 
 def test_a_detector_backbone_replaces_the_last_three_convolutions():
-    *first, last = models.stages("resnet50", se_ratio=1 / 8)
-    attend = functools.partial(dataclasses.replace, kind="attention", num_heads=32, block_size=8, halo_size=3)
-    model = models.create("resnet50", stages=[*first, [attend(block) for block in last]])
+    model = models.create("resnet50_se_halo")
     assert [(n.stage, n.block, n.height, n.stride) for n in model.backbone.attention_layers(1024, 1024)] == [
         (4, 1, 64, 2), (4, 2, 32, 1), (4, 3, 32, 1)
     ]  # fmt: skip

@@ -18,6 +18,9 @@ PARAMETERS = {
     "h6": 43_417_096, "h7": 67_393_288, "h7_conv1": 67_337_164, "h7_conv12": 67_117_060, "h7_conv123": 59_521_316,
     "halonet50": 18_017_576, "resnet50": 25_557_032, "h4_base128": 85_138_760, "h4_base128_conv12": 87_002_280,
     "h4_base128_patch4": 85_132_424,
+    # ResNets with 25,557,032 and 44,549,160 parameters, and SE: 2 c (c / 8) + c / 8 + c in each block of c channels, that
+    # is 16,672, 66,112, 263,296 and 1,050,880 by stage. Attention takes 3 (512^2) + 2 (21) (8) in place of 9 (512^2).
+    "resnet50_se": 30_603_912, "resnet50_se_halo": 25_886_328, "resnet101_se": 54_072_072, "resnet101_se_halo": 49_354_488,
 }  # fmt: skip
 # As timm counts them: with rows of relative tables that it never reads, and ours do not have.
 TIMM_PARAMETERS = {
@@ -56,6 +59,13 @@ def test_parameter_count(name, parameters):
     if name in TIMM_PARAMETERS:  # two tables with 2h more rows in each attention layer
         found += sum(4 * b.halo_size * b.channels // b.num_heads for s in model.backbone.stages for b in s if b.kind == "attention")
     assert found == parameters
+
+
+def test_detection_backbone_with_global_attention():
+    """Block size 32 is a stage of 1,024 px at once: tables of 69 rows in place of 21, in three blocks."""
+    create = functools.partial(models.create, "resnet50_se_halo")
+    shapes = lambda model: jax.eval_shape(lambda: model.init(jax.random.key(0), images(1), train=False))
+    assert count(shapes(create(block_size=32))) - count(shapes(create())) == 3 * 2 * (69 - 21) * 8
 
 
 @pytest.mark.parametrize("name", ("h3", "h7_conv12", "h4_base128_patch4", "resnet50"))
