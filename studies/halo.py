@@ -23,5 +23,6 @@ STUDY = Study(
     question="Does a halo help when the window stays the same?",
     finding="b 4, h 1 beats b 8, h 0: halos matter.",
     rows=(_row(4, 1, (2, 1)), _row(8, 0, (4, 0)), _row(8, 4, (4, 2)), _row(16, 0, (8, 0))),
+    baseline="window 8, no halo",
     plot=Plot("bar"),
 )
