@@ -24,7 +24,7 @@ RULES = {
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
     "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
     "evaluating": ({"errors", "config", "data", "runtime", "training", "tasks", "weights", "exporting"}, ANY_LIBRARY),
-    "studies": ({"errors", "config", "models", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
+    "studies": ({"errors", "config", "models", "data", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "detection_pictures": ({"errors", "data"}, ANY_LIBRARY),

@@ -323,7 +323,7 @@ def test_only_without_the_row_before(file, tmp_path):
 def test_scales(tmp_path, monkeypatch):
     monkeypatch.setitem(spec.SUFFIXES, "tiny", ":smoke")
     row = Row("one", "none.py", {"num_epochs": 1.0}, tiny={"batch_size": 8}, recipes={"tiny": DIGITS})
-    study = Study("A study", rows=(row,), tiny={"batch_size": 4, "label_smoothing": 0.0})
+    study = Study("A study", rows=(row,), seeds=(0,), tiny={"batch_size": 4, "label_smoothing": 0.0})
     (found,) = made(study, tmp_path, "tiny").runs
     assert found.arguments[0] == f"--config={DIGITS}:smoke" and "--config.batch_size=8" in found.arguments
     assert (found.config.batch_size, found.config.label_smoothing, found.config.num_epochs) == (8, 0.0, 0.05)
@@ -449,7 +449,7 @@ def test_real_study(tmp_path):
         "from halonet_jax.studies import Row, Study\n"
         f"SMALL, RECIPE = {small}, {DIGITS!r}\n"
         "ROWS = (Row('crop', RECIPE, SMALL), Row('no crop', RECIPE, SMALL | {'data.crop_scale': (1.0, 1.0)}))\n"
-        "STUDY = Study('Real', rows=ROWS)\n"
+        "STUDY = Study('Real', rows=ROWS, seeds=(0,))\n"
     )
     arguments = [f"--study={tmp_path}/a.py", "--scale=imagenet", f"--out={tmp_path}/out"]
     train = {"TRAIN": str(ROOT / "tests" / "linear_train.py")}

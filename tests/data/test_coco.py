@@ -236,13 +236,9 @@ def test_each_remedy_of_the_layout_works(root, tmp_path):
     assert c.annotations == "{split}/_annotations.coco.json" and len(data.open_source(c, "train")) == 3
 
 
-def test_config_needs_a_folder():
-    c = config_lib.imagenet()
-    c.task, c.data.source = "detection", "coco"
-    with pytest.raises(config_lib.ConfigError, match="set --config.data.dir=PATH"):
-        config_lib.validate(c, 1)
-    c.data.dir = "PATH"
-    config_lib.validate(c, 1)
+def test_the_folder_must_be_set():
+    with pytest.raises(data.DataError, match="data.dir.* set --config.data.dir"):
+        data.open_source(config(""), "val2017")
 
 
 def test_images_that_are_missing(root):

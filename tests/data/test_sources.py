@@ -28,7 +28,7 @@ def _transform(config):
 
 
 def test_unknown_source(data_config):
-    assert "tfds, folder, digits, coco" in _error(data_config(source="hdf5"), "train")
+    assert "tfds, folder, digits, digit_scenes, coco" in _error(data_config(source="hdf5"), "train")
 
 
 # --- digits
