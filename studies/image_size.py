@@ -13,14 +13,14 @@ STUDY = Study(
     finding="Both gain from larger images; the gap between them stays.",
     rows=tuple(
         Row(
-            f"{name}, {size} px",
+            f"{name}, {share}",
             f"configs/{recipe}.py",
             {"data.image_size": size},
             tiny={"data.image_size": size // 4},
             small={"data.image_size": size // 2},
         )  # fmt: skip
         for name, recipe in (("HaloNet-50", "halonet50"), ("ResNet-50", "resnet50"))
-        for size in (128, 256, 384)
+        for size, share in ((128, "half size"), (256, "full size"), (384, "3/2 size"))
     ),
     plot=Plot("scatter", x="images_per_second", log_x=True, front=True),
 )

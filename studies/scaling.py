@@ -19,7 +19,7 @@ STUDY = Study(
     rows=(
         Row("baseline", _RECIPE, _ALL, published=80.5, source="component table"),
         Row(
-            "98 layers",
+            "more layers",
             _RECIPE,
             _ALL | {"model.stage_sizes": (3, 4, 22, 3)},
             tiny=_ALL | {"model.stage_sizes": (1, 1, 7, 1)},
@@ -39,7 +39,7 @@ STUDY = Study(
         Row("r_b 6.5", _RECIPE, _ALL | {"model.expansion_ratio": 6.5}, published=80.6, source="scaling section"),
         Row("r_qk 6.5", _RECIPE, _ALL | {"model.query_ratio": 6.5}, published=80.3, source="scaling section"),
         Row(
-            "window 20",
+            "larger window",
             _RECIPE,
             _ALL | {"model.block_size": 12, "model.halo_size": 4},
             tiny=_ALL | {"model.block_size": 6, "model.halo_size": 2},

@@ -14,7 +14,7 @@ STUDY = Study(
     finding="For one window size, the split hardly matters as long as there is a halo.",
     rows=tuple(
         Row(
-            f"h {halo} of window 14",
+            f"h {halo}",
             "configs/halonet50.py",
             {"model.block_size": 14 - 2 * halo, "model.halo_size": halo},
             tiny={"model.block_size": 8 - 2 * halo, "model.halo_size": halo},

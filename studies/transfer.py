@@ -2,8 +2,8 @@
 
     python -m halonet_jax.study --study=studies/transfer.py --out=studies_out/transfer --scale=tiny
 
-At scale imagenet: ImageNet-21k to ImageNet-1k, at 384 and 512 px. The pre-training needs an image folder or a TFDS set
-of ImageNet-21k; say where with --config flags of your own recipe (configs/h4_base128.py).
+At scale imagenet: ImageNet-21k to ImageNet-1k, at 384 and 512 px. The pre-training needs ImageNet-21k as a TFDS set or an
+image folder: add data.source, data.name and data.dir to the overrides of its rows below.
 At scale tiny: scenes whose answer is 0 to 4, then few scenes whose answer is 5 to 9, against training on these alone.
 """
 
@@ -24,9 +24,9 @@ def _rows():
         scales = ("tiny", "small", "imagenet") if recipe == "h4_base128" else ("imagenet",)
         before = f"{name}, pre-training"
         yield Row(before, f"configs/{recipe}.py", tiny={"data.classes": _FIRST}, counts=False, scales=scales)
-        for size, published in ((384, at_384), (512, at_512)):
+        for size, label, published in ((384, "fine-tuned", at_384), (512, "fine-tuned on larger images", at_512)):
             yield Row(
-                f"{name}, fine-tuned at {size} px",
+                f"{name}, {label}",
                 f"configs/h4_base128_finetune{size}.py",
                 {"model.name": recipe},
                 recipes={"tiny": "configs/h4_base128.py"},

@@ -203,7 +203,8 @@ def costs(config: ml_collections.ConfigDict, store: epath.Path) -> dict[str, Any
         config: a whole config.
         store: a JSON file that keeps the numbers, since counting takes seconds.
     """
-    key = json.dumps([config.task, config.model.to_dict(), config.data.image_size, config.data.name, config.data.source])
+    about_data = [config.data[key] for key in ("image_size", "name", "source", "classes")]
+    key = json.dumps([config.task, config.model.to_dict(), config.detection.to_dict(), about_data])
     known = read(store) or {}
     if key not in known:
         known[key] = _count(config)
