@@ -28,9 +28,8 @@ RULES = {
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),
     "attention_maps": ({"errors", "ops", "models", "weights"}, ANY_LIBRARY),
     "detection_pictures": ({"errors", "data"}, ANY_LIBRARY),
-    "predict": (
-        {"errors", "data", "runtime", "training", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY
-    ),
+    "predicting": ({"errors", "data", "runtime", "training", "weights", "attention_maps", "detection_pictures"}, ANY_LIBRARY),
+    "predict": ({"errors", "data", "runtime", "training", "weights", "predicting", "command_line"}, ANY_LIBRARY),
     "demo": ({"errors", "data", "runtime", "weights", "attention_maps", "detection_pictures", "command_line"}, ANY_LIBRARY),
     "starting": ({"errors", "training", "weights"}, ANY_LIBRARY),
     "train": ({"errors", "config", "data", "runtime", "training", "tasks", "command_line", "weights", "starting"}, ANY_LIBRARY),

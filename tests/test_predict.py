@@ -15,6 +15,7 @@ from PIL import Image
 
 from halonet_jax import data, demo, errors, predict, weights
 from halonet_jax.data import images
+from halonet_jax.predicting import writers
 from halonet_jax.weights import portable
 
 NAMES = [str(n) for n in range(10)]
@@ -159,7 +160,7 @@ PREDICTIONS = [
 @pytest.mark.parametrize("file_format", predict.FORMATS)
 def test_formats(file_format, predictions):
     out = io.StringIO()
-    writer = predict._Writer(out, file_format, 2, attention=False)
+    writer = writers.Writer(out, file_format, writers.ClassLayout(2, attention=False))
     for prediction in predictions:
         writer.add(prediction)
     writer.close()

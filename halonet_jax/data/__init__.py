@@ -3,7 +3,7 @@
 from halonet_jax.data import randaugment
 from halonet_jax.data.classification import ClassificationTransform
 from halonet_jax.data.coco import CocoSource
-from halonet_jax.data.detection import DetectionTransform
+from halonet_jax.data.detection import DetectionImages, DetectionTransform
 from halonet_jax.data.digits import DigitsSource
 from halonet_jax.data.example import Field, Source, Transform
 from halonet_jax.data.files import FileSource
@@ -29,6 +29,7 @@ __all__ = [
     "CocoSource",
     "CorruptImage",
     "DataError",
+    "DetectionImages",
     "DetectionTransform",
     "DigitScenes",
     "DigitsSource",

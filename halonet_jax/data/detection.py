@@ -179,3 +179,36 @@ class DetectionTransform:
             (h, w), (height, width) = image.shape[:2], size
             raise CorruptImage(f"it is {w} x {h} pixels, and its annotations are for {width} x {height}")
         return image
+
+
+class DetectionImages:
+    """What detection does with an image of which nothing is known: as `DetectionTransform` in evaluation.
+
+    The image is turned upright, as its EXIF orientation says.
+
+    Args:
+        data_config: the config's `data` block: `image_size`, `mean` and `max_pixels` are read. Its values are copied.
+
+    Attributes:
+        fields: `image`, `image_size`, `scale` and `index` of `DetectionTransform`; and `original_size`, int32 [2], height
+            and width of the upright image, pixels.
+    """
+
+    def __init__(self, data_config):
+        self._inner = DetectionTransform(data_config, num_classes=1, training=False)
+        self.fields = {name: self._inner.fields[name] for name in ("image", "image_size", "scale", "index")}
+        self.fields["original_size"] = Field((2,), "int32")
+
+    def __call__(self, record: dict[str, Any], rng: np.random.Generator | None = None) -> dict[str, np.ndarray]:
+        """Returns the fields of one record.
+
+        Args:
+            record: `image`, an encoded file, and `index`, its number.
+            rng: has no effect.
+
+        Raises:
+            CorruptImage: for an image that does not decode; the message is the reason.
+        """
+        image = images.decode(record["image"], self._inner.max_pixels, upright=True)
+        row = self._inner({"image": image, "index": record["index"], "classes": (), "boxes": ()}, None)
+        return {name: row[name] for name in self.fields if name in row} | {"original_size": np.array(image.shape[:2], np.int32)}

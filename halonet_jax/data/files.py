@@ -11,7 +11,7 @@ from halonet_jax.errors import CorruptImage, DataError
 
 
 class FileSource:
-    """Image files without labels; they are read when asked for. Every record has label 0.
+    """Image files without labels; they are read when asked for. Every record has label 0, and its number as `index`.
 
     A folder gives its files and those below it, sorted by path. Links, hidden files and what tools leave behind are treated
     as in an image folder for training (see `folder_walk`). A file that is named itself counts whatever its extension is.
@@ -49,7 +49,7 @@ class FileSource:
         path = self._files[index]
         try:
             with open(path, "rb") as f:
-                return {"image": f.read(), "label": 0}
+                return {"image": f.read(), "label": 0, "index": index}
         except OSError as error:
             raise CorruptImage(f"it cannot be read ({error.strerror})") from None
 

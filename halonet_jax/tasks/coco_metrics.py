@@ -10,13 +10,14 @@ import numpy as np
 from absl import logging
 from etils import epath
 
-from halonet_jax.data import masks
+from halonet_jax.data import masks, restoring
 from halonet_jax.data.annotations import Annotations
 from halonet_jax.errors import DataError
 
 _KINDS = {"bbox": "box", "segm": "mask"}
 # The first six of COCO's twelve numbers: over IoU 0.5 to 0.95, at 0.5, at 0.75, and by the object's area.
 _NAMES = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+_FIELDS = ("boxes", "scores", "classes", "valid", "masks", "full_masks")
 BACKENDS = ("pycocotools", "faster_coco_eval")
 
 
@@ -58,25 +59,20 @@ class CocoEvaluator:
             values: see the class.
         """
         self._found = None
-        kind = next((key for key in ("masks", "full_masks") if key in values), None)
-        self._has_masks |= kind is not None
+        self._has_masks |= "masks" in values or "full_masks" in values
         for row in np.flatnonzero(values["mask"]):
-            index, scale = int(values["index"][row]), np.asarray(values["scale"][row], np.float64)
+            index = int(values["index"][row])
             height, width = map(int, self._annotations.sizes[index])
-            boxes = values["boxes"][row].astype(np.float64) / np.tile(scale, 2)
-            boxes = np.clip(boxes, 0, np.tile([height, width], 2))
-            scores, classes = values["scores"][row].astype(np.float64), values["classes"][row]
-            usable = values["valid"][row] & np.isfinite(boxes).all(1) & np.isfinite(scores)
-            usable &= (boxes[:, 2:] > boxes[:, :2]).all(1) & (classes >= 0) & (classes < len(self._annotations.class_names))
+            one_image = {key: values[key][row] for key in _FIELDS if key in values}
             found = self._detections[index] = []
-            for n in np.flatnonzero(usable):
-                (y0, x0, y1, x1), label = boxes[n].tolist(), int(classes[n])
+            for each in restoring.restore(one_image, values["scale"][row], height, width, len(self._annotations.class_names)):
+                y0, x0, y1, x1 = each.box
                 detection = {
                     "image_id": int(self._annotations.image_ids[index]), "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "category_id": int(self._annotations.category_ids[label]), "score": float(scores[n]),
+                    "category_id": int(self._annotations.category_ids[each.label]), "score": each.score,
                 }  # fmt: skip
-                if kind:
-                    detection["segmentation"] = _rle(kind, values[kind][row, n], boxes[n], scale, height, width)
+                if each.mask is not None:
+                    detection["segmentation"] = each.mask
                 found.append(detection)
 
     def result(self) -> dict[str, float | int]:
@@ -176,15 +172,6 @@ class CocoEvaluator:
         by_class = [p[p > -1].mean() if (p > -1).any() else -1.0 for p in precision.transpose(2, 0, 1)]
         summary = {name: float(value) for name, value in zip(_NAMES, np.asarray(evaluation.stats)[:6])}
         return {"summary": summary, "by_class": np.array(by_class)[order]}
-
-
-def _rle(kind, mask, box, scale, height, width):
-    if kind == "full_masks":
-        y = np.minimum(((np.arange(height) + 0.5) * scale[0]).astype(int), mask.shape[0] - 1)
-        x = np.minimum(((np.arange(width) + 0.5) * scale[1]).astype(int), mask.shape[1] - 1)
-        return masks.to_rle(np.asarray(mask)[y[:, None], x] > 0, height, width)
-    probabilities = mask.astype(np.float32) / (255 if mask.dtype == np.uint8 else 1)
-    return masks.pasted_rle(probabilities, box, height, width)
 
 
 @contextlib.contextmanager
