@@ -20,7 +20,7 @@ from halonet_jax import command_line, exporting, tasks
 from halonet_jax.errors import ConfigError
 from halonet_jax.exporting import checking
 from halonet_jax.runtime import workdir as workdir_lib
-from halonet_jax.weights import load
+from halonet_jax.weights import load, load_config
 
 _DTYPES = tuple(checking.TOLERANCES)
 
@@ -56,7 +56,8 @@ def export(
         ExportError: a format cannot be written, or does not compute what the checkpoint does.
         StorageError: a file cannot be written.
     """
-    exporting.formats.check(list(formats))
+    path, config = load_config(model)
+    exporting.formats.check(list(formats), config.task, path)
     exporting.folder.check_out(out, overwrite)
     if dtype not in (*_DTYPES, None):
         raise ConfigError(f"dtype={dtype!r} is unknown; use one of {', '.join(_DTYPES)}")

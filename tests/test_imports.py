@@ -22,7 +22,7 @@ RULES = {
     "tasks": ({"errors", "config", "ops", "models", "detection", "data", "runtime", "training"}, ANY_LIBRARY),
     "costs": ({"errors", "config", "ops", "models", "data", "training", "tasks"}, ANY_LIBRARY),
     "weights": ({"errors", "config", "models", "runtime", "training", "tasks"}, ANY_LIBRARY),
-    "exporting": ({"errors", "config", "models", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
+    "exporting": ({"errors", "config", "models", "detection", "data", "runtime", "training", "tasks", "weights"}, ANY_LIBRARY),
     "evaluating": ({"errors", "config", "data", "runtime", "training", "tasks", "weights", "exporting"}, ANY_LIBRARY),
     "studies": ({"errors", "config", "models", "data", "runtime", "training", "tasks", "costs"}, ANY_LIBRARY),
     "command_line": ({"errors", "runtime"}, ANY_LIBRARY),

@@ -107,8 +107,8 @@ class RPNHead(nn.Module):
         for x in maps:
             for conv in convs:
                 x = nn.relu(conv(x))
-            logits.append(score(x).reshape(len(x), -1))
-            deltas.append(box(x).reshape(len(x), -1, 4))
+            logits.append(score(x).reshape(x.shape[0], -1))
+            deltas.append(box(x).reshape(x.shape[0], -1, 4))
         return (jnp.concatenate(found, axis=1).astype(jnp.float32) for found in (logits, deltas))
 
 

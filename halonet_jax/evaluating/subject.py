@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 from etils import epath
 
 from halonet_jax import config as config_lib
@@ -149,11 +148,11 @@ def _open_export(path, format, at, weights):
     about = portable.read_config(path)
     portable.check_holds(path, about, at, weights)
     task = tasks.make_task(about.config, about.metadata)
-    run = exporting.open_runner(path, format, task)
+    predict = exporting.open_predict(path, format, about.config.task, task)
 
     def program(task):
         metrics = jax.jit(task.metrics)
-        return lambda _, batch: metrics(jnp.asarray(run(np.asarray(batch["image"]))), batch)
+        return lambda _, batch: metrics(jax.tree.map(jnp.asarray, predict(batch)), batch)
 
     return {
         "task": task, "metadata": about.metadata, "step": about.step, "weights": about.weights, "program": program,

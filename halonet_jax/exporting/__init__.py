@@ -1,6 +1,7 @@
 """Models in formats that other programs run, and the way back.
 
-`write` makes a folder of exports. `open_runner` turns one of them into a function from images to logits. The folder holds:
+`write` makes a folder of exports. `open_predict` turns one of them into a function like
+`Task.predict`. The folder holds:
 
     config.json         the training config, class names and preprocessing; every format needs it (`weights.portable`)
     README.md           the model card (`card`)
@@ -12,6 +13,6 @@
 """
 
 from halonet_jax.exporting.folder import write
-from halonet_jax.exporting.formats import FORMATS, Runner, find, open_runner, patterns
+from halonet_jax.exporting.formats import FORMATS, Runner, find, open_predict, patterns
 
-__all__ = ["FORMATS", "Runner", "find", "open_runner", "patterns", "write"]
+__all__ = ["FORMATS", "Runner", "find", "open_predict", "patterns", "write"]

@@ -1,18 +1,20 @@
-"""Runs an export in its own runtime and compares its logits with the checkpoint's."""
+"""Runs an export in its own runtime and compares what it gives with the checkpoint."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from halonet_jax.errors import ConfigError, ExportError
+from halonet_jax.exporting.interface import Interface
 from halonet_jax.training import sharding
 from halonet_jax.weights import Loaded
 
 BATCH_SIZES = (1, 2, 5)
-# Largest difference of a logit, as a share of the largest logit or of 1, whichever is more. Runtimes sum in other orders.
+# Largest difference of an output, as a share of the largest output or of 1, whichever is more. Runtimes sum in other orders.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.05}
+_DETECTION = 10  # times as much for scores, boxes and masks: coordinates have gone through an exponential
 
 
 class Check(NamedTuple):
@@ -21,16 +23,25 @@ class Check(NamedTuple):
     Attributes:
         artefact: the file or folder that was run.
         batch_sizes: of the images that it was run on.
-        max_error: largest difference of a logit.
+        max_error: largest difference of a logit; of objects: of a score, of a mask, or of a box as a share of the image's side.
         tolerance: largest difference that is allowed.
-        max_logit: largest magnitude of the checkpoint's logits.
+        max_logit: largest magnitude of the checkpoint's logits; None of detectors.
+        objects: number of objects that were compared; None of classifiers.
     """
 
     artefact: str
     batch_sizes: tuple[int, ...]
     max_error: float
     tolerance: float
-    max_logit: float
+    max_logit: float | None
+    objects: int | None
+
+    def __str__(self):
+        """What is told when an export has been checked."""
+        sizes = ", ".join(map(str, self.batch_sizes))
+        what = f"logits up to {self.max_logit:.3g}" if self.objects is None else f"{self.objects} objects"
+        error = f"{self.artefact}: largest error {self.max_error:.2g} of {what}, allowed {self.tolerance:.2g}"
+        return f"{error}, batch sizes {sizes}"
 
 
 def cpu_mesh() -> jax.sharding.Mesh:
@@ -46,71 +57,67 @@ def cpu_mesh() -> jax.sharding.Mesh:
         raise ConfigError(f"JAX_PLATFORMS={platforms} leaves out the CPU, which checks exports; add ',cpu' to it") from None
 
 
-def sample_images(height: int, width: int) -> np.ndarray:
-    """Returns images to compare on: noise, coarse noise, a gradient, and two blank ones, which loaders pad batches with.
-
-    Args:
-        height: in pixels.
-        width: in pixels.
-
-    Returns:
-        uint8 [5, height, width, 3]
-    """
-    rng = np.random.default_rng(0)
-    images = np.zeros((max(BATCH_SIZES), height, width, 3), np.uint8)
-    images[0] = rng.integers(0, 256, (height, width, 3))
-    coarse = rng.integers(0, 256, (-(-height // 8), -(-width // 8), 3))
-    images[1] = coarse.repeat(8, 0).repeat(8, 1)[:height, :width]
-    images[2] = np.linspace(0, 255, height)[:, None, None]
-    return images
-
-
-def expected_logits(loaded: Loaded, images: np.ndarray) -> dict[int, np.ndarray]:
-    """Returns the checkpoint's logits of the first images, by batch size.
+def expected_outputs(loaded: Loaded, interface: Interface, inputs: Sequence[np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
+    """Returns the checkpoint's outputs by name, of the first inputs, by batch size.
 
     Args:
         loaded: the checkpoint, on `cpu_mesh`.
-        images: of `sample_images`.
+        interface: of its task.
+        inputs: of `Interface.samples`.
 
     Raises:
-        ExportError: a logit is not finite.
+        ExportError: an output is not finite.
     """
-    logits = {size: np.asarray(loaded.logits(images[:size])) for size in BATCH_SIZES}
-    if not all(np.isfinite(x).all() for x in logits.values()):
-        raise ExportError(f"step {loaded.step} of {loaded.folder} gives logits that are not finite; choose another --step")
-    return logits
+    run = jax.jit(lambda variables, *inputs: interface.predict(loaded.task, variables, *inputs))
+    outputs = {size: jax.device_get(run(loaded.variables, *(x[:size] for x in inputs))) for size in BATCH_SIZES}
+    broken = [name for found in outputs.values() for name, x in found.items() if not np.isfinite(x).all()]
+    if broken:
+        raise ExportError(f"step {loaded.step} of {loaded.folder} gives {broken[0]} that are not finite; choose another --step")
+    return outputs
 
 
 def compare(
-    artefact: str, run: Callable[[np.ndarray], np.ndarray], images: np.ndarray, expected: dict[int, np.ndarray], share: float
+    artefact: str,
+    run: Callable[..., dict[str, np.ndarray]],
+    inputs: Sequence[np.ndarray],
+    expected: dict[int, dict[str, np.ndarray]],
+    interface: Interface,
+    task: Any,
+    share: float,
 ) -> Check:
     """Runs an export on all batch sizes.
 
     Args:
         artefact: name of the file or folder, for messages.
         run: its runner.
-        images: uint8 [B, height, width, 3].
-        expected: of `expected_logits`.
-        share: the tolerance, as a share of the largest logit or of 1.
+        inputs: of `Interface.samples`.
+        expected: of `expected_outputs`.
+        interface: of the task.
+        task: the checkpoint's.
+        share: the tolerance, as a share of the largest output or of 1; 0: the outputs must be equal.
 
     Raises:
-        ExportError: the export does not run, or its logits differ by more than the tolerance.
+        ExportError: the export does not run, or its outputs differ by more than the tolerance.
     """
-    max_logit = max(float(np.abs(x).max()) for x in expected.values())
-    tolerance, max_error = share * max(1.0, max_logit), 0.0
+    differences = []
+    share *= _DETECTION if len(interface.outputs) > 1 else 1
     for size, ours in expected.items():
         try:
-            found = np.asarray(run(images[:size]))
+            found = {name: np.asarray(x) for name, x in run(*(x[:size] for x in inputs)).items()}
         except Exception as error:  # runtimes raise types of their own
             reason = " ".join(str(error).split())[:300]
             raise ExportError(f"{artefact} does not run with a batch of {size} ({reason}); leave its format out") from None
-        if found.shape != ours.shape:
-            raise ExportError(f"{artefact} gives logits {list(found.shape)} instead of {list(ours.shape)}; leave its format out")
-        error = float(np.abs(found - ours).max())
-        if not error <= tolerance:  # NaN fails, too
+        differences.append(interface.compare(ours, found, task, share))
+        if problem := differences[-1].problem:
+            raise ExportError(f"{artefact} {problem}, with a batch of {size}; leave its format out")
+    largest = max(each.size for each in differences)
+    tolerance = share * max(1.0, largest)
+    for size, each in zip(expected, differences):
+        if not each.error <= tolerance:  # NaN fails, too
             raise ExportError(
-                f"{artefact} differs from the checkpoint: with a batch of {size} by {error:.2g}, and at most {tolerance:.2g} is "
+                f"{artefact} differs from the checkpoint: with a batch of {size} by {each.error:.2g}, and at most {tolerance:.2g} is "
                 "allowed; leave its format out"
             )
-        max_error = max(max_error, error)
-    return Check(artefact, tuple(expected), max_error, tolerance, max_logit)
+    objects = None if differences[0].compared is None else sum(each.compared for each in differences)
+    max_error = max(each.error for each in differences)
+    return Check(artefact, tuple(expected), max_error, tolerance, largest if objects is None else None, objects)

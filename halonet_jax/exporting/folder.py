@@ -38,21 +38,16 @@ def write(
 
     Raises:
         ConfigError: a format is unknown or lacks a package, or `out` cannot be made.
-        ExportError: a format cannot be written, or does not compute what the checkpoint does.
+        ExportError: a format does not serve the task, cannot be written, or does not compute what the checkpoint does.
         StorageError: a file cannot be written.
     """
-    formats.check(list(names))
-    if loaded.model is None or loaded.task.normalize is None:
-        raise ExportError(
-            f"export serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}; what serves all "
-            "tasks is halonet_jax.evaluate"
-        )
+    interface = formats.check(list(names), loaded.config.task, loaded.folder)
     out = check_out(out, overwrite)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.mkdir(parents=True)
         with jax.default_device(checking.cpu_mesh().devices.flat[0]):
-            report = _fill(epath.Path(partial), loaded, names, out.name, log)
+            report = _fill(epath.Path(partial), loaded, interface, names, out.name, log)
         _put_in_place(partial, out)
     except OSError as error:
         raise StorageError(f"{out} cannot be written ({storage.reason(error)}); {storage.remedy(error)}") from None
@@ -83,11 +78,11 @@ def check_out(out: str | Path, overwrite: bool) -> Path:
     return path
 
 
-def _fill(folder, loaded, names, title, log):
+def _fill(folder, loaded, interface, names, title, log):
     begin = time.monotonic()
-    images = checking.sample_images(*loaded.image_shape)
-    expected = checking.expected_logits(loaded, images)
-    log(f"checkpoint: logits of {len(images)} images in {time.monotonic() - begin:.1f} s")
+    inputs = interface.samples(*loaded.image_shape)
+    expected = checking.expected_outputs(loaded, interface, inputs)
+    log(f"checkpoint: {', '.join(interface.outputs)} of {len(inputs[0])} images in {time.monotonic() - begin:.1f} s")
     about = portable.Portable(loaded.config, loaded.metadata, loaded.step, loaded.weights, loaded.figures)
     portable.write_config(folder, about)
     share, checks = checking.TOLERANCES[loaded.config.model.dtype], {}
@@ -95,7 +90,7 @@ def _fill(folder, loaded, names, title, log):
         format, begin = formats.FORMATS[name], time.monotonic()
         log(f"[{number}/{len(names)}] {name}: writing")
         try:
-            format.write(folder, loaded)
+            format.write(folder, loaded, interface)
         except (UserError, OSError):
             raise
         except Exception as error:  # converters raise types of their own
@@ -106,14 +101,10 @@ def _fill(folder, loaded, names, title, log):
         size = sum(_size(folder / file) for file in format.FILES)
         log(f"[{number}/{len(names)}] {name}: {size / 1e6:.1f} MB in {time.monotonic() - begin:.1f} s; running it back")
         checks[name] = []
-        for artefact, run in format.runners(folder, loaded.task):
-            found = checking.compare(artefact, run, images, expected, 0.0 if format.EXACT else share)
-            checks[name].append(found._asdict())
-            sizes = ", ".join(map(str, found.batch_sizes))
-            log(
-                f"[{number}/{len(names)}] {name}: {artefact}: largest error {found.max_error:.2g} of logits up to "
-                f"{found.max_logit:.3g}, allowed {found.tolerance:.2g}, batch sizes {sizes}"
-            )
+        for artefact, run in format.runners(folder, loaded.task, interface):
+            found = checking.compare(artefact, run, inputs, expected, interface, loaded.task, 0.0 if format.EXACT else share)
+            checks[name].append({key: value for key, value in found._asdict().items() if value is not None})
+            log(f"[{number}/{len(names)}] {name}: {found}")
     report = {
         "halonet_jax": __version__, "step": loaded.step, "weights": loaded.weights, "dtype": loaded.config.model.dtype,
         "versions": _versions(names), "checks": checks,

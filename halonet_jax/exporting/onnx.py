@@ -1,6 +1,7 @@
 """Format `onnx`, by `jax2onnx`: one file, which onnxruntime and other runtimes run.
 
-The model takes `images`, uint8 `[batch, height, width, 3]`, and returns `logits`, float32.
+The model takes and returns what the task's `Interface` names. It serves classifiers: jax2onnx does not convert the loops of a
+detector.
 """
 
 import contextlib
@@ -9,12 +10,12 @@ import logging
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from halonet_jax.errors import CheckpointError, ExportError
 from halonet_jax.exporting import checking
+from halonet_jax.exporting.interface import Interface
 from halonet_jax.models import transfer
 from halonet_jax.training import sharding
 from halonet_jax.training.task import Task
@@ -25,12 +26,13 @@ NAME, FILES, PACKAGES, EXTRA, EXACT = "onnx", (FILE,), ("jax2onnx", "onnxruntime
 _LIMIT = 2**31  # bytes: of a protobuf message
 
 
-def write(folder: epath.Path, loaded: Loaded) -> None:
+def write(folder: epath.Path, loaded: Loaded, interface: Interface) -> None:
     """Writes the model.
 
     Args:
         folder: where the file goes.
         loaded: the model. It computes in float32.
+        interface: of its task.
 
     Raises:
         ExportError: it does not, or is too large.
@@ -45,17 +47,17 @@ def write(folder: epath.Path, loaded: Loaded) -> None:
     if backbone.scan:
         variables = jax.tree.map(np.asarray, transfer.unstack_blocks(variables, backbone.stages))
     model = loaded.model.clone(backbone=backbone.clone(attention_impl="xla", remat=False, scan=False))
-    (height, width), mesh = loaded.image_shape, checking.cpu_mesh()
+    mesh = checking.cpu_mesh()
 
     def predict(images):
         # With a mesh the platform is known, and the program holds no choice of platform, which jax2onnx does not convert.
         with sharding.use(mesh):
-            return model.apply(variables, loaded.task.normalize(images), train=False)
+            return interface.apply(model, variables, loaded.task.normalize(images))
 
     with _quiet():
         converted = jax2onnx.to_onnx(
-            predict, [jax.ShapeDtypeStruct(("batch", height, width, 3), jnp.uint8)], model_name="halonet_jax",
-            input_names=["images"], output_names=["logits"],
+            predict, interface.abstract(loaded.task, "batch"), model_name="halonet_jax", input_names=list(interface.inputs),
+            output_names=list(interface.outputs),
         )  # fmt: skip
     if converted.ByteSize() >= _LIMIT:
         raise ExportError(f"onnx: the model has {converted.ByteSize()} bytes, ONNX takes {_LIMIT}; leave onnx out of --format")
@@ -78,12 +80,13 @@ def _quiet():
             logger.setLevel(level)
 
 
-def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+def runners(folder: epath.Path, task: Task, interface: Interface) -> Iterator[tuple[str, Callable[..., dict[str, np.ndarray]]]]:
     """Yields the file's name and its runner, in onnxruntime on a CPU.
 
     Args:
         folder: an export.
         task: not needed: the model normalises.
+        interface: of the task.
 
     Raises:
         CheckpointError: the file is damaged.
@@ -98,4 +101,5 @@ def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.
     except Exception as error:  # of types of its own
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder / FILE} is no model that onnxruntime reads ({reason}); export the model again") from None
-    yield FILE, lambda images: session.run(["logits"], {"images": images})[0]
+    names = interface.outputs
+    yield FILE, lambda *inputs: dict(zip(names, session.run(list(names), dict(zip(interface.inputs, inputs)))))

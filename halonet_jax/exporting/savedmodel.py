@@ -1,7 +1,6 @@
 """Format `savedmodel`: TensorFlow's own, by `jax2tf`. It runs in plain TensorFlow and in TensorFlow Serving.
 
-The signature `serving_default` takes `images`, uint8 `[batch, height, width, 3]`, and returns `logits`, float32. It holds a
-program for CPU and one for CUDA.
+The signature `serving_default` takes and returns what the task's `Interface` names. It holds a program for CPU and one for CUDA.
 """
 
 import contextlib
@@ -13,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from halonet_jax.errors import CheckpointError
+from halonet_jax.exporting.interface import Interface
 from halonet_jax.training.task import Task
 from halonet_jax.weights import Loaded
 
@@ -21,40 +21,37 @@ NAME, FILES, PACKAGES, EXTRA, EXACT = "savedmodel", (FOLDER,), ("tensorflow",), 
 PLATFORMS = ("cpu", "cuda")
 
 
-def write(folder: epath.Path, loaded: Loaded) -> None:
+def write(folder: epath.Path, loaded: Loaded, interface: Interface) -> None:
     """Writes the SavedModel.
 
     Args:
         folder: where its folder goes.
         loaded: the model.
+        interface: of its task.
     """
     from jax.experimental import jax2tf
 
     tf = _tensorflow()
-    height, width = loaded.image_shape
-
-    def predict(variables, images):
-        return loaded.task.predict(variables["params"], variables["batch_stats"], {"image": images})
-
+    inputs = interface.abstract(loaded.task, None)
+    shapes = [", ".join(["batch", *map(str, x.shape[1:])]) for x in inputs]
     converted = jax2tf.convert(
-        predict, polymorphic_shapes=[None, f"batch, {height}, {width}, 3"], with_gradient=False,
-        native_serialization_platforms=PLATFORMS,
+        lambda variables, *inputs: interface.predict(loaded.task, variables, *inputs),
+        polymorphic_shapes=[None, *shapes], with_gradient=False, native_serialization_platforms=PLATFORMS,
     )  # fmt: skip
     module = tf.Module()
     module.weights = jax.tree.map(lambda x: tf.Variable(np.asarray(x), trainable=False), loaded.variables)
-    images = tf.TensorSpec((None, height, width, 3), tf.uint8, name="images")
-    serve = tf.function(
-        lambda images: {"logits": converted(_plain(module.weights), images)}, input_signature=[images], autograph=False
-    )
+    specs = [tf.TensorSpec(x.shape, tf.as_dtype(x.dtype), name=name) for name, x in zip(interface.inputs, inputs)]
+    serve = tf.function(lambda *inputs: converted(_plain(module.weights), *inputs), input_signature=specs, autograph=False)
     tf.saved_model.save(module, str(folder / FOLDER), signatures={SIGNATURE: serve.get_concrete_function()})
 
 
-def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+def runners(folder: epath.Path, task: Task, interface: Interface) -> Iterator[tuple[str, Callable[..., dict[str, np.ndarray]]]]:
     """Yields the folder's name and its runner, in TensorFlow.
 
     Args:
         folder: an export.
         task: not needed: the model normalises.
+        interface: of the task.
 
     Raises:
         CheckpointError: the folder is damaged.
@@ -67,8 +64,12 @@ def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.
     except Exception as error:  # TensorFlow raises many types
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{folder / FOLDER} is no SavedModel of ours ({reason}); export the model again") from None
-    # `model` stays alive with the runner: its variables go with it.
-    yield FOLDER, lambda images, model=model: serve(images=tf.constant(images))["logits"].numpy()
+
+    def run(*inputs, model=model):  # `model` stays alive with the runner: its variables go with it
+        found = serve(**{name: tf.constant(x) for name, x in zip(interface.inputs, inputs)})
+        return {name: x.numpy() for name, x in found.items()}
+
+    yield FOLDER, run
 
 
 def _plain(tree):

@@ -2,7 +2,8 @@
 
 Each file is one program for CPU, CUDA and TPU, for any batch size. On TPU it runs the fused kernels; on CUDA the einsum, since
 `jax.export` takes no Triton kernels. Its first argument is the weights, as `safetensors` reads them from `model.safetensors`: as
-constants of the program, XLA would compute with them in another order, and the logits would not be the checkpoint's, bit for bit.
+constants of the program, XLA would compute with them in another order, and the outputs would not be the checkpoint's, bit for
+bit. Inputs and outputs are those of the task's `Interface`; a program of one output returns it alone, others return a dict.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from jax import export
 
 from halonet_jax.errors import CheckpointError
 from halonet_jax.exporting import checking
+from halonet_jax.exporting.interface import Interface, alone, named
 from halonet_jax.training.task import Task
 from halonet_jax.weights import Loaded, load, portable
 
@@ -24,38 +26,40 @@ NAME, FILES, PACKAGES, EXTRA, EXACT = "stablehlo", (IMAGES, NORMALIZED, portable
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def write(folder: epath.Path, loaded: Loaded) -> None:
+def write(folder: epath.Path, loaded: Loaded, interface: Interface) -> None:
     """Writes both programs, and the weights where they are not there yet.
 
     Args:
         folder: where the files go.
         loaded: the model.
+        interface: of its task.
     """
     if not (folder / portable.WEIGHTS).exists():
         portable.write_weights(folder, loaded.variables)
     weights, structure = portable.named(loaded.variables), jax.tree.structure(loaded.variables)
     variables = lambda weights, names=tuple(weights): jax.tree.unflatten(structure, [weights[name] for name in names])
 
-    def from_images(weights, images):
-        held = variables(weights)
-        return loaded.task.predict(held["params"], held["batch_stats"], {"image": images})
+    def program(predict):
+        return lambda weights, *inputs: alone(predict(loaded.task, variables(weights), *inputs), interface.outputs)
 
-    def from_normalized(weights, images):
-        return loaded.model.apply(variables(weights), images, train=False)
-
-    height, width = loaded.image_shape
+    (batch,) = export.symbolic_shape("batch")
     abstract = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in weights.items()}
-    for name, function, dtype in ((IMAGES, from_images, jnp.uint8), (NORMALIZED, from_normalized, jnp.float32)):
-        images = jax.ShapeDtypeStruct(export.symbolic_shape(f"batch, {height}, {width}, 3"), dtype)
-        (folder / name).write_bytes(export.export(jax.jit(function), platforms=PLATFORMS)(abstract, images).serialize())
+    for name, predict, dtype in (
+        (IMAGES, interface.predict, jnp.uint8),
+        (NORMALIZED, interface.predict_normalized, jnp.float32),
+    ):
+        inputs = interface.abstract(loaded.task, batch, dtype)
+        exported = export.export(jax.jit(program(predict)), platforms=PLATFORMS)(abstract, *inputs)
+        (folder / name).write_bytes(exported.serialize())
 
 
-def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
+def runners(folder: epath.Path, task: Task, interface: Interface) -> Iterator[tuple[str, Callable[..., dict[str, np.ndarray]]]]:
     """Yields each program's name and its runner, on JAX's default device.
 
     Args:
         folder: an export.
         task: normalises for the program that takes normalised images.
+        interface: of the task.
 
     Raises:
         CheckpointError: a file is damaged, or of another version of JAX's format.
@@ -63,9 +67,9 @@ def runners(folder: epath.Path, task: Task) -> Iterator[tuple[str, Callable[[np.
     run = _open(folder / IMAGES)
     variables = load(str(folder), mesh=checking.cpu_mesh()).variables  # checked
     weights = {name: jnp.asarray(np.asarray(x)) for name, x in portable.named(variables).items()}
-    yield IMAGES, lambda images: np.asarray(run(weights, images))
+    yield IMAGES, lambda *inputs: named(run(weights, *inputs), interface.outputs)
     normalize, run_normalized = jax.jit(lambda images: task.normalize(images).astype(jnp.float32)), _open(folder / NORMALIZED)
-    yield NORMALIZED, lambda images: np.asarray(run_normalized(weights, normalize(images)))
+    yield NORMALIZED, lambda images, *rest: named(run_normalized(weights, normalize(images), *rest), interface.outputs)
 
 
 def _open(path):

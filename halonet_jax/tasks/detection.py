@@ -135,9 +135,11 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     num_classes, data_config = len(metadata["class_names"]), config.data
     model = make_model(config, num_classes)
 
+    def normalize(images):
+        return mixing.normalize(images, data_config.mean, data_config.std, jnp.dtype(config.model.dtype))
+
     def normalized(batch):
-        images = mixing.normalize(batch["image"], data_config.mean, data_config.std, jnp.dtype(config.model.dtype))
-        return {"image": images, "size": batch["image_size"]}
+        return {"image": normalize(batch["image"]), "size": batch["image_size"]}
 
     def init(rng):
         return detector.init(model, rng)
@@ -165,8 +167,8 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
 
     return Task(
         init, loss, predict, metrics, evaluator=lambda source: CocoEvaluator(source.annotations), primary_metric="box_ap",
-        transform=transform, metadata=metadata, describe=describe, model=model, frozen=frozen.rule(config.model.freeze, init),
-        distances=freezing.distances_from_top, adapt=adapt,
+        transform=transform, metadata=metadata, describe=describe, model=model, normalize=normalize,
+        frozen=frozen.rule(config.model.freeze, init), distances=freezing.distances_from_top, adapt=adapt,
     )  # fmt: skip
 
 
