@@ -25,6 +25,20 @@ class Kept(NamedTuple):
     valid: jax.Array
 
 
+def best(scores: jax.Array, count: int, how: str = "top_k") -> tuple[jax.Array, jax.Array]:
+    """Returns the highest scores, falling, and their places; of equal ones, the first.
+
+    Args:
+        scores: `[N]`.
+        count: at most N.
+        how: "top_k", or "sort", which gives the same and which TensorFlow can read.
+    """
+    if how == "top_k":
+        return jax.lax.top_k(scores, count)
+    negated, order = jax.lax.sort((-scores, jnp.arange(len(scores), dtype=jnp.int32)), num_keys=1, is_stable=True)
+    return -negated[:count], order[:count]
+
+
 def nms(
     boxes: jax.Array, scores: jax.Array, valid: jax.Array, threshold: float, count: int, labels: jax.Array | None = None
 ) -> Kept:
@@ -42,7 +56,7 @@ def nms(
         `Kept` with K = `count`.
     """
     scores = jnp.where(valid & ~jnp.isnan(scores), scores, -jnp.inf)
-    scores, order = jax.lax.top_k(scores, len(scores))  # stable
+    scores, order = best(scores, len(scores), "sort")
     keep = suppress(boxes[order], scores > -jnp.inf, threshold, None if labels is None else labels[order])
     (position,) = jnp.nonzero(keep, size=count, fill_value=len(order))
     return Kept(order[jnp.minimum(position, len(order) - 1)], position < len(order))

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from halonet_jax.detection import boxes as box_ops
-from halonet_jax.detection.nms import nms
+from halonet_jax.detection.nms import best, nms
 from halonet_jax.detection.spec import DetectionSpec
 
 
@@ -49,7 +49,7 @@ def proposals(
     for level in anchors:
         here = slice(start, start + len(level))
         start += len(level)
-        score, index = jax.lax.top_k(logits[here], min(candidates, len(level)))
+        score, index = best(logits[here], min(candidates, len(level)), spec.best_by)
         box = box_ops.clip(box_ops.decode(deltas[here][index], level[index]), size)
         pad = most - len(index)
         boxes.append(jnp.pad(box, ((0, pad), (0, 0))))
@@ -60,7 +60,7 @@ def proposals(
     kept = jax.vmap(lambda *level: nms(*level, spec.proposal_nms, count))(boxes, scores, valid)
     boxes = jnp.take_along_axis(boxes, kept.index[..., None], axis=1).reshape(-1, 4)
     scores = jnp.where(kept.valid, jnp.take_along_axis(scores, kept.index, axis=1), -jnp.inf).reshape(-1)
-    scores, index = jax.lax.top_k(scores, min(spec.proposals, len(scores)))
+    scores, index = best(scores, min(spec.proposals, len(scores)), spec.best_by)
     return boxes[index], scores > -jnp.inf
 
 
@@ -82,7 +82,7 @@ def detections(
     """
     scores = jax.nn.softmax(logits)[:, 1:]
     scores = jnp.where(valid[:, None] & (scores >= spec.min_score), scores, 0).reshape(-1)
-    scores, pair = jax.lax.top_k(scores, min(spec.detection_candidates, len(scores)))
+    scores, pair = best(scores, min(spec.detection_candidates, len(scores)), spec.best_by)
     region, label = jnp.divmod(pair, logits.shape[1] - 1)
     boxes = box_ops.clip(box_ops.decode(deltas[region, label + 1], rois[region], spec.box_weights), size)
     usable = (scores > 0) & (box_ops.area(boxes) > 0)

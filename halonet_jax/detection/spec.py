@@ -56,6 +56,7 @@ class DetectionSpec:
         detections: most of an image.
         detection_candidates: pairs of region and class that are compared. The result is exact unless more have `min_score`
             and fewer than `detections` of the best ones remain.
+        best_by: how the best-scored boxes are chosen, see `nms.best`; it does not change them.
 
     Raises:
         ValueError: a value is unknown or out of range.
@@ -99,6 +100,7 @@ class DetectionSpec:
     detection_nms: float = 0.5
     detections: int = 100
     detection_candidates: int = 2000
+    best_by: str = "top_k"
 
     def __post_init__(self):
         checks.whole("num_classes", self.num_classes, 2, 91)
@@ -125,7 +127,7 @@ class DetectionSpec:
             checks.real(name, getattr(self, name), least)
         for name, known in (
             ("norms", ("outputs", "all")), ("extra_level", ("conv", "pool", "none")), ("align_outside", ("clamp", "zero")),
-            ("box_loss", ("matched", "sampled")),
+            ("box_loss", ("matched", "sampled")), ("best_by", ("top_k", "sort")),
         ):  # fmt: skip
             checks.choice(name, getattr(self, name), known)
         if self.rpn_negative_iou > self.rpn_positive_iou:

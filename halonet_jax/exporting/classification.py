@@ -38,6 +38,7 @@ INTERFACE = Interface(
     pack=lambda logits: {"logits": logits},
     unpack=lambda outputs: outputs["logits"],
     apply=lambda model, variables, images: model.apply(variables, images, train=False),
+    plain=lambda model: model,
     samples=samples,
     compare=_compare,
 )

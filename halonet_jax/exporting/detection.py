@@ -18,6 +18,7 @@ runtime may decide otherwise, and give another object or another order. So objec
 without one are allowed.
 """
 
+import dataclasses
 from importlib import resources
 
 import cv2
@@ -102,6 +103,7 @@ INTERFACE = Interface(
     pack=_pack,
     unpack=_unpack,
     apply=lambda model, variables, images, sizes: model.apply(variables, {"image": images, "size": sizes}, method="detect"),
+    plain=lambda model: model.clone(spec=dataclasses.replace(model.spec, best_by="sort")),
     samples=samples,
     compare=_compare,
 )

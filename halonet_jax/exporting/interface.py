@@ -39,6 +39,7 @@ class Interface:
         pack: from what `Task.predict` returns to the outputs by name.
         unpack: the way back.
         apply: `(model, variables, *inputs) -> what Task.predict returns`, of normalised images.
+        plain: `(model) -> model` of the same outputs and of operations that other runtimes know.
         samples: `(height, width) -> inputs`, NumPy arrays of `checking.BATCH_SIZES`' most images, to compare on.
         compare: `(expected, found, task, tolerance) -> Difference`, of outputs by name. With a tolerance of 0, any
             difference is an error.
@@ -50,6 +51,7 @@ class Interface:
     pack: Callable[[Any], dict[str, Any]]
     unpack: Callable[[Mapping[str, Any]], Any]
     apply: Callable[..., Any]
+    plain: Callable[[Any], Any]
     samples: Callable[[int, int], tuple[np.ndarray, ...]]
     compare: Callable[..., Difference]
 
@@ -63,6 +65,17 @@ class Interface:
         """
         batch = dict(zip(self.inputs.values(), inputs, strict=True))
         return self.pack(task.predict(variables["params"], variables["batch_stats"], batch))
+
+    def predict_plainly(self, task: Task, variables: Any, *inputs: Any) -> dict[str, Any]:
+        """Returns the outputs by name, by operations that other runtimes know.
+
+        Args:
+            task: as of `predict`.
+            variables: likewise.
+            *inputs: likewise.
+        """
+        images, *rest = inputs
+        return self.pack(self.apply(self.plain(task.model), variables, task.normalize(images), *rest))
 
     def predict_normalized(self, task: Task, variables: Any, *inputs: Any) -> dict[str, Any]:
         """Returns the outputs by name, of images that `task.normalize` has normalised.

@@ -35,7 +35,7 @@ def write(folder: epath.Path, loaded: Loaded, interface: Interface) -> None:
     inputs = interface.abstract(loaded.task, None)
     shapes = [", ".join(["batch", *map(str, x.shape[1:])]) for x in inputs]
     converted = jax2tf.convert(
-        lambda variables, *inputs: interface.predict(loaded.task, variables, *inputs),
+        lambda variables, *inputs: interface.predict_plainly(loaded.task, variables, *inputs),
         polymorphic_shapes=[None, *shapes], with_gradient=False, native_serialization_platforms=PLATFORMS,
     )  # fmt: skip
     module = tf.Module()
