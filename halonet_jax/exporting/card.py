@@ -24,26 +24,43 @@ PUBLISHED = {
 }  # fmt: skip
 _HUB_DATASETS = {"imagenet2012": "ILSVRC/imagenet-1k"}
 _TAGS = {"weights": "safetensors", "stablehlo": "stablehlo", "savedmodel": "tensorflow", "onnx": "onnx"}
-_USE = {
+_CALLS = {
     "weights": """import halonet_jax
 
 model = halonet_jax.load("FOLDER")  # or hf://OWNER/NAME
-logits = model.logits(images)  # uint8 [batch, HEIGHT, WIDTH, 3]""",
+CALL""",
     "stablehlo": """import safetensors.flax
 from jax import export
 
 with open("FOLDER/model_uint8.stablehlo", "rb") as file:
     model = export.deserialize(bytearray(file.read()))
 weights = safetensors.flax.load_file("FOLDER/model.safetensors")
-logits = model.call(weights, images)  # uint8 [batch, HEIGHT, WIDTH, 3]""",
+CALL""",
     "savedmodel": """import tensorflow as tf
 
 model = tf.saved_model.load("FOLDER/savedmodel")
-logits = model.signatures["serving_default"](images=tf.constant(images))["logits"]  # uint8 [batch, HEIGHT, WIDTH, 3]""",
+CALL""",
     "onnx": """import onnxruntime
 
 model = onnxruntime.InferenceSession("FOLDER/model.onnx")
-logits = model.run(["logits"], {"images": images})[0]  # uint8 [batch, HEIGHT, WIDTH, 3]""",
+CALL""",
+}
+_SHAPE = "  # uint8 [batch, HEIGHT, WIDTH, 3]"
+_CLASSIFY = {
+    "weights": f"logits = model.logits(images){_SHAPE}",
+    "stablehlo": f"logits = model.call(weights, images){_SHAPE}",
+    "savedmodel": f'logits = model.signatures["serving_default"](images=tf.constant(images))["logits"]{_SHAPE}',
+    "onnx": f'logits = model.run(["logits"], {{"images": images}})[0]{_SHAPE}',
+}
+_DETECT = {
+    "weights": """from halonet_jax.predict import predict
+
+for found in predict(model, ["photo.jpg"]):  # boxes and masks in pixels of the photograph
+    print(found.objects)""",
+    "stablehlo": "found = model.call(weights, images, sizes)  # a dict",
+    "savedmodel": """found = model.signatures["serving_default"](
+    images=tf.constant(images), sizes=tf.constant(sizes)
+)  # a dict""",
 }
 
 
@@ -56,40 +73,42 @@ def make(loaded: Loaded, formats: Sequence[str], title: str) -> str:
         title: name of the model, one line.
     """
     config, figures = loaded.config, _figures(loaded.figures)
-    data = config.data.name if config.data.source == "tfds" else config.data.source
+    data = _data(config)
     height, width = loaded.image_shape
     parameters = sum(x.size for x in jax.tree.leaves(loaded.variables["params"]))
     average = ", moving average of the weights" if loaded.weights == "ema" else ""
+    what, uses = ("image classification", _CLASSIFY) if config.task == "classification" else ("object detection", _DETECT)
+    model = "HaloNet" if config.task == "classification" else "Mask R-CNN on HaloNet"
+    use = {name: _CALLS[name].replace("CALL", uses[name]) for name in formats}
+    use = {name: text.replace("FOLDER", ".").replace("HEIGHT, WIDTH", f"{height}, {width}") for name, text in use.items()}
     paragraphs = [
-        _front_matter(title, data, config.data.eval_split, figures, formats),
+        _front_matter(title, config, figures, formats),
         f"# {_plain(title)}",
-        f"HaloNet {config.model.name} ({_PAPER}) for image classification, trained with halonet_jax: {parameters:,} parameters, "
+        f"{model} {config.model.name} ({_PAPER}) for {what}, trained with halonet_jax: {parameters:,} parameters, "
         f"{len(loaded.metadata['class_names'])} classes, images of {height} × {width} pixels. Step {loaded.step}{average}.",
         *_changes(config),
         "## Figures",
         _table(loaded, data, figures),
         "## Preprocessing",
-        f"{_preprocessing(loaded)} `config.json` holds the numbers and the class names, in the order of the logits.",
+        *_preprocessing(loaded),
         "## Use",
-        *(
-            f"{name}:\n\n```python\n{_USE[name].replace('FOLDER', '.').replace('HEIGHT, WIDTH', f'{height}, {width}')}\n```"
-            for name in formats
-        ),
-        "`export.json` says how far each format's logits were from the checkpoint's.",
+        *(f"{name}:\n\n```python\n{text}\n```" for name, text in use.items()),
+        "`export.json` says how far each format's outputs were from the checkpoint's.",
     ]
     return "\n\n".join(paragraphs) + "\n"
 
 
-def _front_matter(title, data, split, figures, formats):
+def _front_matter(title, config, figures, formats):
     """YAML whose texts are written as JSON, so that a name cannot break out of its place."""
-    text = json.dumps
-    lines = ["---", "library_name: halonet_jax", "pipeline_tag: image-classification", "tags:"]
-    lines += [f"- {tag}" for tag in ("halonet", "image-classification", "jax", "flax", *(_TAGS[name] for name in formats))]
+    text, data, split = json.dumps, _data(config), config.data.eval_split
+    kind = "image-classification" if config.task == "classification" else "object-detection"
+    lines = ["---", "library_name: halonet_jax", f"pipeline_tag: {kind}", "tags:"]
+    lines += [f"- {tag}" for tag in ("halonet", kind, "jax", "flax", *(_TAGS[name] for name in formats))]
     if data in _HUB_DATASETS:
         lines += ["datasets:", f"- {_HUB_DATASETS[data]}"]
     if figures:
         lines += [
-            "model-index:", f"- name: {text(title)}", "  results:", "  - task:", "      type: image-classification", "    dataset:",
+            "model-index:", f"- name: {text(title)}", "  results:", "  - task:", f"      type: {kind}", "    dataset:",
             f"      type: {text(_HUB_DATASETS.get(data, data))}", f"      name: {text(data)}", f"      split: {text(split)}",
             "    metrics:",
         ]  # fmt: skip
@@ -100,9 +119,9 @@ def _front_matter(title, data, split, figures, formats):
 
 
 def _figures(figures):
-    """Shares in percent, as the paper prints them; other metrics as they are; no numbers of examples."""
+    """Shares in percent, as the paper prints them; other metrics as they are; no numbers of examples, and not COCO's -1."""
     labels = {"top1": "top-1", "top5": "top-5"}
-    return {labels.get(k, k): 100 * x if k in labels else x for k, x in figures.items() if k not in ("count", "corrupt")}
+    return {labels.get(k, k): 100 * x if k in labels else x for k, x in figures.items() if k not in ("count", "corrupt") and x >= 0}
 
 
 def _table(loaded, data, figures):
@@ -114,7 +133,7 @@ def _table(loaded, data, figures):
         rows.append(f"| {name} | {value:.4g}{' %' if name.startswith('top') else ''} | {what} |")
     if not figures:
         rows.append("| | | this model was not evaluated at this step in training |")
-    if config.model.name in PUBLISHED:
+    if config.model.name in PUBLISHED and config.task == "classification":
         top1, what = PUBLISHED[config.model.name]
         rows.append(f"| top-1 | {top1} % | **the paper's** {config.model.name}, not this model: {what} |")
     return "\n".join(rows)
@@ -127,15 +146,35 @@ def _changes(config):
     return [f"It differs from the paper's {config.model.name} in {', '.join(changed)}."] if changed else []
 
 
+def _data(config):
+    return config.data.name if config.data.source == "tfds" else config.data.source
+
+
 def _preprocessing(loaded):
     d, (height, width) = loaded.config.data, loaded.image_shape
+    normalize = (
+        f"RGB; then (x / 255 − mean) / std with mean {tuple(d.mean)} and std {tuple(d.std)}. Where images go in as uint8, the "
+        "model does the latter itself."
+    )
+    if loaded.config.task == "detection":
+        return [
+            f"The longer side is resized to {height} pixels. The rest, at the bottom and on the right, is filled with "
+            f"{loaded.task.transform(False).fill}. {normalize}",
+            f"The programs take `images`, uint8 `[batch, {height}, {width}, 3]`, and `sizes`, float32 `[batch, 2]`: height and "
+            "width without the padding, in pixels.",
+            "## Outputs",
+            f"Up to {loaded.model.spec.detections} objects of each image, by falling score: `boxes`, float32 (top, left, bottom, "
+            "right) in pixels of the input; `scores`; `classes`, from 0, in the order of the names in `config.json`; `valid`, "
+            "false where there is no object; and `masks`, float32 squares of probabilities in the frames of the boxes. Divide "
+            "boxes by the factor that the image was resized with.",
+        ]
     whole, size = "shorter side", f"{height} pixels"
     if height != width:
         whole, size = "largest rectangle of its shape", f"height {height} and width {width}"
-    return (
-        f"Central crop of {d.eval_crop:g} of the {whole}, resized to {size}, RGB; then (x / 255 − mean) / std "
-        f"with mean {tuple(d.mean)} and std {tuple(d.std)}. Where images go in as uint8, the model does the latter itself."
-    )
+    return [
+        f"Central crop of {d.eval_crop:g} of the {whole}, resized to {size}, {normalize} `config.json` holds the numbers and the "
+        "class names, in the order of the logits."
+    ]
 
 
 def _plain(text):

@@ -115,8 +115,8 @@ def compare(
     for size, each in zip(expected, differences):
         if not each.error <= tolerance:  # NaN fails, too
             raise ExportError(
-                f"{artefact} differs from the checkpoint: with a batch of {size} by {each.error:.2g}, and at most {tolerance:.2g} is "
-                "allowed; leave its format out"
+                f"{artefact} differs from the checkpoint: with a batch of {size} by {each.error:.2g}, and at most {tolerance:.2g} "
+                "is allowed; leave its format out"
             )
     objects = None if differences[0].compared is None else sum(each.compared for each in differences)
     max_error = max(each.error for each in differences)
