@@ -1,5 +1,7 @@
 """Serves a page to try a model on: choose an image, see its classes, click a pixel to see what it attends to.
 
+With a detector, the page shows the image with the objects that were found.
+
     python -m halonet_jax.demo --model=runs/mine [--port=8000]
 
 It needs two more packages: pip install -e ".[demo]". The page is for this machine alone, unless --host says otherwise: it has no
@@ -8,28 +10,20 @@ password. Images stay in memory, the last few of them, and are never written to 
 In Python, `make_app(loaded)` gives the page as an ASGI application.
 """
 
-import base64
-import collections
 import contextlib
-import secrets
 import socket
-import threading
 from importlib import resources
 from typing import Any
 
-import cv2
-import numpy as np
 from absl import flags
 
-from halonet_jax import attention_maps, command_line, data
+from halonet_jax import command_line, demo_viewers
 from halonet_jax.errors import ConfigError, UserError
 from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.weights import Loaded, load
 
 MAX_UPLOAD_MB = 20
 MAX_PIXELS = 50_000_000
-_TOP = 5
-_KEPT_IMAGES = 16
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -46,119 +40,35 @@ class _Refused(Exception):
         self.status = status
 
 
-class Viewer:
-    """What the page asks for, apart from HTTP. Its methods may be called from several threads.
-
-    Args:
-        loaded: from `halonet_jax.load`; a classification model of `halonet_jax.models`.
-        max_pixels: most pixels of an image, height times width.
-        name: what the page calls the model; None: the name of its folder.
-
-    Raises:
-        ConfigError: the model is of another kind.
-    """
-
-    def __init__(self, loaded: Loaded, max_pixels: int = MAX_PIXELS, name: str | None = None):
-        if loaded.config.task != "classification":
-            raise ConfigError(
-                f"the page serves task='classification', and {loaded.folder} was trained for {loaded.config.task!r}; what serves "
-                "all tasks is halonet_jax.evaluate"
-            )
-        self._loaded, self._capture = loaded, attention_maps.Capture(loaded)
-        options = loaded.config.data.copy_and_resolve_references()
-        options.max_pixels = min(options.max_pixels, max_pixels)
-        self._name = name or loaded.folder.name
-        self._names = loaded.metadata["class_names"]
-        self._transform = data.ClassificationTransform(options, num_classes=len(self._names), training=False, upright=True)
-        self._captured: collections.OrderedDict[str, attention_maps.Captured] = collections.OrderedDict()
-        self._lock = threading.Lock()  # one image at a time, so that memory does not grow with the number of requests
-
-    def about(self) -> dict[str, Any]:
-        """Returns what the page's head says of the model, as JSON values."""
-        loaded, (height, width) = self._loaded, self._loaded.image_shape
-        return {
-            "name": self._name, "architecture": loaded.config.model.name, "step": loaded.step, "weights": loaded.weights,
-            "classes": len(self._names), "height": height, "width": width, "figures": loaded.figures,
-        }  # fmt: skip
-
-    def classify(self, encoded: bytes) -> dict[str, Any]:
-        """Returns the most probable classes of an image, and the crop that the model sees, as JSON values.
-
-        Args:
-            encoded: a JPEG, PNG, WebP or BMP file.
-
-        Raises:
-            CorruptImage: the image cannot be decoded, or is too large.
-        """
-        with self._lock:
-            image = self._transform({"image": encoded, "label": 0}, None)["image"]
-            captured = self._capture(image)
-            token = secrets.token_urlsafe(16)
-            self._captured[token] = captured
-            if len(self._captured) > _KEPT_IMAGES:
-                self._captured.popitem(last=False)
-        probabilities = np.exp(captured.logits - captured.logits.max())
-        probabilities /= probabilities.sum()
-        best = np.argsort(-probabilities, kind="stable")[:_TOP]
-        png = cv2.imencode(".png", image[..., ::-1])[1].tobytes()
-        return {
-            "token": token,
-            "classes": [{"class": self._names[n], "probability": float(probabilities[n])} for n in best],
-            "crop": "data:image/png;base64," + base64.b64encode(png).decode(),
-            "place": captured.strongest(1)[0],
-            "layers": [
-                {"stage": found.layer.stage, "block": found.layer.block, "heads": found.layer.num_heads}
-                for found in captured.layers
-            ],
-        }
-
-    def attention(self, token: str, row: float, column: float) -> list[dict[str, Any]]:
-        """Returns what a place attends to in each attention layer, as JSON values.
-
-        Args:
-            token: of an image, as `classify` returned it.
-            row: share of the crop's height, 0 to 1.
-            column: share of its width, 0 to 1.
-
-        Raises:
-            KeyError: the image is not kept any more.
-        """
-        with self._lock:
-            captured = self._captured[token]
-            self._captured.move_to_end(token)
-        found = [layer.at(row, column) for layer in captured.layers]
-        return [
-            {"weights": np.round(seen.weights, 5).tolist(), "query": seen.query, "block": seen.block, "window": seen.window}
-            for seen in found
-        ]
-
-
 def make_app(
     loaded: Loaded,
     host: str = "localhost",
     max_upload_mb: float = MAX_UPLOAD_MB,
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
+    min_score: float | None = None,
 ) -> Any:
     """Returns the page as an ASGI application, for Starlette's test client, uvicorn or another server.
 
     Args:
-        loaded: as of `Viewer`.
+        loaded: from `halonet_jax.load`.
         host: name or address that the server is bound to. Bound to this machine alone, it answers requests for that name alone,
             so that no other site can reach it through a name that it points here.
         max_upload_mb: largest file, in millions of bytes.
         max_pixels: most pixels of an image, height times width.
         name: what the page calls the model; None: the name of its folder.
+        min_score: of a detector: objects with a lower score are left out; None: 0.5.
 
     Raises:
         ConfigError: Starlette is not installed, or the model is of another kind.
+        DataError: the model is a detector, and pycocotools is not installed.
     """
     try:
         from starlette import applications, concurrency, middleware, responses, routing
         from starlette.middleware.trustedhost import TrustedHostMiddleware
     except ModuleNotFoundError:
         raise ConfigError("the page needs the package starlette; pip install -e '.[demo]'") from None
-    viewer = Viewer(loaded, max_pixels, name)
+    viewer = demo_viewers.make(loaded, max_pixels, min_score)
     page = resources.files("halonet_jax").joinpath("demo_page.html").read_text(encoding="utf-8")
     most = int(max_upload_mb * 1e6)
 
@@ -177,12 +87,12 @@ def make_app(
         return endpoint
 
     async def about(request):
-        return viewer.about()
+        return demo_viewers.about(loaded, name)
 
     async def classify(request):
         encoded = await _body(request, most, max_upload_mb)
         try:
-            return await concurrency.run_in_threadpool(viewer.classify, encoded)
+            return await concurrency.run_in_threadpool(viewer.look_at, encoded)
         except UserError as error:
             raise _Refused(400, f"This image cannot be used: {error}.") from None
 
@@ -234,6 +144,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("port", 8000, "Port to serve on; 0: any that is free.", 0, 65535)
     flags.DEFINE_float("max_upload_mb", MAX_UPLOAD_MB, "Largest file, in MB.", 0)
+    flags.DEFINE_float("min_score", None, "Of a detector: leave out objects with a lower score; default: 0.5.", 0, 1)
     flags.DEFINE_integer("max_pixels", MAX_PIXELS, "Most pixels of an image, height times width.", 1)
 
 
@@ -247,7 +158,7 @@ def main() -> int:
     loaded = load(f.model, f.step, f.weights)
     if (loaded.folder / "checkpoints").exists():
         workdir_lib.use_compile_cache(loaded.folder)
-    app = make_app(loaded, f.host, f.max_upload_mb, f.max_pixels, f.model)
+    app = make_app(loaded, f.host, f.max_upload_mb, f.max_pixels, f.model, f.min_score)
     try:
         listening = _listen(f.host, f.port)
     except OSError as error:

@@ -13,7 +13,7 @@ import pytest
 from entries import command, run, train
 from PIL import Image
 
-from halonet_jax import data, demo, errors, predict, weights
+from halonet_jax import data, demo, demo_viewers, errors, predict, weights
 from halonet_jax.data import images
 from halonet_jax.predicting import writers
 from halonet_jax.weights import portable
@@ -231,7 +231,7 @@ def test_the_page_classifies_an_image_and_shows_its_attention(page, loaded, phot
     (prediction,) = predict.predict(loaded, [photos / "a.png"])
     assert [c["class"] for c in found["classes"]] == [name for name, _ in prediction.classes]
     np.testing.assert_allclose([c["probability"] for c in found["classes"]], [p for _, p in prediction.classes], atol=1e-6)
-    assert found["crop"].startswith("data:image/png;base64,")
+    assert found["picture"].startswith("data:image/png;base64,")
     seen = page.get("/attention", params={"token": found["token"], "row": 1, "column": 0.2}).json()
     assert [layer["stage"] for layer in found["layers"]] == [1, 2, 3, 4] and len(seen) == 4
     for layer, attended in zip(found["layers"], seen):
@@ -264,7 +264,7 @@ def test_the_page_serves_no_other_site_and_forgets_old_images(page, photos):
     assert page.get("/about", headers={"Host": "attacker.example"}).status_code == 400
     assert "default-src 'none'" in page.get("/").headers["Content-Security-Policy"]
     content = (photos / "a.png").read_bytes()
-    first, *_, last = [page.post("/classify", content=content).json()["token"] for _ in range(demo._KEPT_IMAGES + 1)]
+    first, *_, last = [page.post("/classify", content=content).json()["token"] for _ in range(demo_viewers.KEPT_IMAGES + 1)]
     status = [page.get("/attention", params={"token": token, "row": 0, "column": 0}).status_code for token in (first, last)]
     assert status == [404, 200]
 

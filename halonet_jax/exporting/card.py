@@ -121,7 +121,9 @@ def _front_matter(title, config, figures, formats):
 def _figures(figures):
     """Shares in percent, as the paper prints them; other metrics as they are; no numbers of examples, and not COCO's -1."""
     labels = {"top1": "top-1", "top5": "top-5"}
-    return {labels.get(k, k): 100 * x if k in labels else x for k, x in figures.items() if k not in ("count", "corrupt") and x >= 0}
+    return {
+        labels.get(k, k): 100 * x if k in labels else x for k, x in figures.items() if k not in ("count", "corrupt") and x >= 0
+    }
 
 
 def _table(loaded, data, figures):

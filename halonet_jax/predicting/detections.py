@@ -1,9 +1,12 @@
 """Detectors: the objects of an image, in its own pixels, and pictures of them."""
 
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
 import jax
+import ml_collections
 import numpy as np
 
 from halonet_jax import data, detection_pictures
@@ -19,8 +22,32 @@ DEFAULT_MIN_SCORE = 0.5
 _FIELDS = ("boxes", "scores", "classes", "valid", "masks")
 
 
-class ObjectsOfImages:
-    """See `running.Kind`. Boxes and masks are those of the evaluation, by the same functions.
+class Detector:
+    """What a detector reads of an image and computes. Boxes and masks are those of the evaluation, by the same functions.
+
+    Args:
+        loaded: the model.
+        options: the data block of its config.
+
+    Attributes:
+        transform: as in evaluation; images are turned upright.
+
+    Raises:
+        DataError: pycocotools is not installed.
+    """
+
+    def __init__(self, loaded: Loaded, options: ml_collections.ConfigDict):
+        masks.codec()  # now, not at the first image
+        self._task, self.transform = loaded.task, data.DetectionImages(options)
+
+    def outputs(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """Returns the detections as the evaluation gets them, and the size of the original images, int32 `[B, 2]`."""
+        found = self._task.metrics(self._task.predict(params, batch_stats, batch), batch)
+        return found | {"original_size": batch["original_size"]}
+
+
+class ObjectsOfImages(Detector):
+    """See `running.Kind`.
 
     Args:
         loaded: the model.
@@ -30,34 +57,21 @@ class ObjectsOfImages:
         pictures: for the pictures; None: there are none.
 
     Attributes:
-        transform: as in evaluation; images are turned upright.
         layout: how results look.
-
-    Raises:
-        DataError: pycocotools is not installed.
     """
 
     def __init__(
         self, loaded: Loaded, source: data.FileSource, top: int | None, min_score: float, pictures: PictureFolder | None
     ):
-        masks.codec()  # now, not at the first image
-        self._names, self._task, self._max_pixels = loaded.metadata["class_names"], loaded.task, loaded.config.data.max_pixels
+        super().__init__(loaded, loaded.config.data)
+        self._names, self._max_pixels = loaded.metadata["class_names"], loaded.config.data.max_pixels
         self._source, self._top, self._pictures, self._min_score = source, top, pictures, min_score
-        self.transform, self.layout = data.DetectionImages(loaded.config.data), DetectionLayout(min_score, pictures is not None)
-
-    def outputs(self, params: Any, batch_stats: Any, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """Returns the detections as the evaluation gets them, and the size of the original images, int32 `[B, 2]`."""
-        found = self._task.metrics(self._task.predict(params, batch_stats, batch), batch)
-        return found | {"original_size": batch["original_size"]}
+        self.layout = DetectionLayout(min_score, pictures is not None)
 
     def result(self, number: int, name: str, values: dict[str, np.ndarray]) -> Detections:
         """Returns the objects of one image, and draws its picture."""
-        values["valid"] = values["valid"] & (values["scores"] >= self._min_score)
         height, width = values["original_size"].tolist()
-        one_image = {key: values[key] for key in _FIELDS}
-        restored = restoring.restore(one_image, values["scale"], height, width, len(self._names))
-        # One mask after the other is made, so that the rest costs nothing.
-        kept = [each for each, _ in zip(restored, range(self._top or len(values["valid"])))]
+        kept = restore(values, self._names, self._min_score, self._top)
         picture = self._draw(number, name, kept, values["masks"]) if self._pictures else ""
         return Detections(name, tuple(as_object(each, self._names) for each in kept), height, width, picture=picture)
 
@@ -74,6 +88,23 @@ class ObjectsOfImages:
         except OSError as error:
             raise StorageError(f"{path} cannot be written ({storage.reason(error)}); {storage.remedy(error)}") from None
         return str(path)
+
+
+def restore(
+    values: Mapping[str, np.ndarray], class_names: Sequence[str], min_score: float, top: int | None = None
+) -> list[restoring.Restored]:
+    """Returns the objects of one image, in its pixels, by falling score.
+
+    Args:
+        values: a row of `Detector.outputs`.
+        class_names: by label.
+        min_score: objects below are left out.
+        top: most objects; None: all.
+    """
+    one_image = {key: values[key] for key in _FIELDS}
+    one_image["valid"] = values["valid"] & (values["scores"] >= min_score)
+    found = restoring.restore(one_image, values["scale"], *values["original_size"].tolist(), len(class_names))
+    return list(itertools.islice(found, top))  # one mask after the other is made, so that the rest costs nothing
 
 
 def as_object(restored: restoring.Restored, class_names: list[str]) -> DetectedObject:
