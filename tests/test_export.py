@@ -170,8 +170,8 @@ def test_the_command(workdir, tmp_path):
 
 
 def broken_runners(run_back):
-    def runners(folder, task):
-        yield "savedmodel", run_back
+    def runners(folder, task, interface):
+        yield "savedmodel", lambda images: {"logits": run_back(images)}
 
     return runners
 
@@ -183,7 +183,7 @@ def broken_runners(run_back):
     (lambda images: 1 / 0, "does not run with a batch of 1 (division by zero)"),
 ])  # fmt: skip
 def test_a_wrong_export_leaves_nothing_and_replaces_nothing(run_back, message, loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(savedmodel, "write", lambda folder, loaded: (folder / "savedmodel").mkdir())
+    monkeypatch.setattr(savedmodel, "write", lambda folder, loaded, interface: (folder / "savedmodel").mkdir())
     monkeypatch.setattr(savedmodel, "runners", broken_runners(run_back))
     with pytest.raises(ExportError, match=re.escape(message)):
         exporting.write(loaded, tmp_path / "new" / "out", ["savedmodel"])

@@ -71,7 +71,7 @@ def _compare(expected, found, task, tolerance):
     objects = int(expected["valid"].sum())
     if not tolerance:
         errors = [np.abs(found[name].astype(np.float64) - ours).max() for name, ours in expected.items()]
-        return Difference(float(max(errors)), compared=objects)
+        return Difference(float(np.max(errors)), compared=objects)  # NaN stays
     lone, error = 0, 0.0
     for n in range(len(expected["valid"])):
         ours, theirs = ({name: x[n][outputs["valid"][n]] for name, x in outputs.items()} for outputs in (expected, found))
