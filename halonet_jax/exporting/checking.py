@@ -14,7 +14,7 @@ from halonet_jax.weights import Loaded
 BATCH_SIZES = (1, 2, 5)
 # Largest difference of an output, as a share of the largest output or of 1, whichever is more. Runtimes sum in other orders.
 TOLERANCES = {"float32": 1e-5, "bfloat16": 0.05}
-_DETECTION = 10  # times as much for scores, boxes and masks: coordinates have gone through an exponential
+_OF_OBJECTS = {"float32": 1e-4, "bfloat16": 0.05}  # of scores, masks and boxes, which have gone through exponentials
 
 
 class Check(NamedTuple):
@@ -55,6 +55,15 @@ def cpu_mesh() -> jax.sharding.Mesh:
     except RuntimeError:
         platforms = jax.config.jax_platforms
         raise ConfigError(f"JAX_PLATFORMS={platforms} leaves out the CPU, which checks exports; add ',cpu' to it") from None
+
+
+def tolerance(loaded: Loaded) -> float:
+    """Returns the largest difference of an output that is allowed, as a share of the largest output or of 1.
+
+    Args:
+        loaded: the checkpoint.
+    """
+    return (_OF_OBJECTS if loaded.config.task == "detection" else TOLERANCES)[loaded.config.model.dtype]
 
 
 def expected_outputs(loaded: Loaded, interface: Interface, inputs: Sequence[np.ndarray]) -> dict[int, dict[str, np.ndarray]]:
@@ -100,7 +109,6 @@ def compare(
         ExportError: the export does not run, or its outputs differ by more than the tolerance.
     """
     differences = []
-    share *= _DETECTION if len(interface.outputs) > 1 else 1
     for size, ours in expected.items():
         try:
             found = {name: np.asarray(x) for name, x in run(*(x[:size] for x in inputs)).items()}
@@ -111,13 +119,13 @@ def compare(
         if problem := differences[-1].problem:
             raise ExportError(f"{artefact} {problem}, with a batch of {size}; leave its format out")
     largest = max(each.size for each in differences)
-    tolerance = share * max(1.0, largest)
+    allowed = share * max(1.0, largest)
     for size, each in zip(expected, differences):
-        if not each.error <= tolerance:  # NaN fails, too
+        if not each.error <= allowed:  # NaN fails, too
             raise ExportError(
-                f"{artefact} differs from the checkpoint: with a batch of {size} by {each.error:.2g}, and at most {tolerance:.2g} "
+                f"{artefact} differs from the checkpoint: with a batch of {size} by {each.error:.2g}, and at most {allowed:.2g} "
                 "is allowed; leave its format out"
             )
     objects = None if differences[0].compared is None else sum(each.compared for each in differences)
     max_error = max(each.error for each in differences)
-    return Check(artefact, tuple(expected), max_error, tolerance, largest if objects is None else None, objects)
+    return Check(artefact, tuple(expected), max_error, allowed, largest if objects is None else None, objects)

@@ -85,7 +85,7 @@ def _fill(folder, loaded, interface, names, title, log):
     log(f"checkpoint: {', '.join(interface.outputs)} of {len(inputs[0])} images in {time.monotonic() - begin:.1f} s")
     about = portable.Portable(loaded.config, loaded.metadata, loaded.step, loaded.weights, loaded.figures)
     portable.write_config(folder, about)
-    share, checks = checking.TOLERANCES[loaded.config.model.dtype], {}
+    share, checks = checking.tolerance(loaded), {}
     for number, name in enumerate(names, 1):
         format, begin = formats.FORMATS[name], time.monotonic()
         log(f"[{number}/{len(names)}] {name}: writing")
