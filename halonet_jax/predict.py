@@ -70,7 +70,7 @@ def predict(
             crop that the model sees. None given: the two places where the model's map is strongest.
         heads: of a classifier: whether the pictures show each head, not the mean over heads alone.
         min_score: of a detector: objects with a lower score are left out. None: 0.5. The model itself leaves out those below
-            `detection.min_score`, 0.05.
+            0.05.
         pictures: of a detector: folder for the images with their objects drawn on them, made where it is missing; None: none
             are drawn.
 

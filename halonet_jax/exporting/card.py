@@ -25,10 +25,7 @@ PUBLISHED = {
 _HUB_DATASETS = {"imagenet2012": "ILSVRC/imagenet-1k"}
 _TAGS = {"weights": "safetensors", "stablehlo": "stablehlo", "savedmodel": "tensorflow", "onnx": "onnx"}
 _CALLS = {
-    "weights": """import halonet_jax
-
-model = halonet_jax.load("FOLDER")  # or hf://OWNER/NAME
-CALL""",
+    "weights": "CALL",
     "stablehlo": """import safetensors.flax
 from jax import export
 
@@ -47,7 +44,10 @@ CALL""",
 }
 _SHAPE = "  # uint8 [batch, HEIGHT, WIDTH, 3]"
 _CLASSIFY = {
-    "weights": f"logits = model.logits(images){_SHAPE}",
+    "weights": f"""import halonet_jax
+
+model = halonet_jax.load("FOLDER")  # or hf://OWNER/NAME
+logits = model.logits(images){_SHAPE}""",
     "stablehlo": f"logits = model.call(weights, images){_SHAPE}",
     "savedmodel": f'logits = model.signatures["serving_default"](images=tf.constant(images))["logits"]{_SHAPE}',
     "onnx": f'logits = model.run(["logits"], {{"images": images}})[0]{_SHAPE}',
@@ -55,7 +55,7 @@ _CLASSIFY = {
 _DETECT = {
     "weights": """from halonet_jax.predict import predict
 
-for found in predict(model, ["photo.jpg"]):  # boxes and masks in pixels of the photograph
+for found in predict("FOLDER", ["photo.jpg"]):  # boxes and masks in pixels of the photograph
     print(found.objects)""",
     "stablehlo": "found = model.call(weights, images, sizes)  # a dict",
     "savedmodel": """found = model.signatures["serving_default"](
@@ -155,13 +155,13 @@ def _data(config):
 def _preprocessing(loaded):
     d, (height, width) = loaded.config.data, loaded.image_shape
     normalize = (
-        f"RGB; then (x / 255 − mean) / std with mean {tuple(d.mean)} and std {tuple(d.std)}. Where images go in as uint8, the "
+        f"(x / 255 − mean) / std with mean {tuple(d.mean)} and std {tuple(d.std)}. Where images go in as uint8, the "
         "model does the latter itself."
     )
     if loaded.config.task == "detection":
         return [
-            f"The longer side is resized to {height} pixels. The rest, at the bottom and on the right, is filled with "
-            f"{loaded.task.transform(False).fill}. {normalize}",
+            f"The longer side is resized to {height} pixels, RGB. The rest, at the bottom and on the right, is filled with "
+            f"{loaded.task.transform(False).fill}. Then {normalize}",
             f"The programs take `images`, uint8 `[batch, {height}, {width}, 3]`, and `sizes`, float32 `[batch, 2]`: height and "
             "width without the padding, in pixels.",
             "## Outputs",
@@ -174,8 +174,8 @@ def _preprocessing(loaded):
     if height != width:
         whole, size = "largest rectangle of its shape", f"height {height} and width {width}"
     return [
-        f"Central crop of {d.eval_crop:g} of the {whole}, resized to {size}, {normalize} `config.json` holds the numbers and the "
-        "class names, in the order of the logits."
+        f"Central crop of {d.eval_crop:g} of the {whole}, resized to {size}, RGB; then {normalize} `config.json` holds the "
+        "numbers and the class names, in the order of the logits."
     ]
 
 
