@@ -225,7 +225,9 @@ def test_the_card_of_a_detector(exported):
 
 def test_formats_that_hold_no_detector_are_refused_before_they_ask_for_a_package(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(exporting.FORMATS["onnx"], "PACKAGES", ("no_such_package",))
-    with pytest.raises(ExportError, match="onnx does not serve task='detection', .*; use one or more of weights,stablehlo,save"):
+    with pytest.raises(
+        ExportError, match="onnx does not serve task='detection', .*; use one or more of weights,stablehlo,save"
+    ):
         export.export(folder, tmp_path / "out", ["weights", "onnx"])
     assert not list(tmp_path.iterdir())
 
