@@ -8,7 +8,8 @@ weights, which the paper does not do.
 
 Source: arXiv 2103.12731, section 4, and the code that it names, tensorflow/tpu, models/official/detection: 67,500 steps of 64
 images, a rate of 0.1 that falls tenfold at steps 60,000 and 65,000, a warm-up of 500 steps from a rate of 2/300, scale jitter
-0.8 to 1.25, batch norm over two images. Deviation: losses are means over the whole batch.
+0.8 to 1.25, batch norm over two images. Deviations: losses are means over the whole batch; stem and first stage are trained,
+which that code does not do by default, and of which the paper says nothing.
 Not run: nobody has trained this recipe here.
 Published, in the paper's table, for ResNet-50 of the literature: 42.1 box AP, 37.7 mask AP.
 """

@@ -7,7 +7,8 @@ COCO holds train2017, val2017 and annotations. No backbone is needed.
 Source: detectron2, configs/new_baselines/mask_rcnn_R_50_FPN_100ep_LSJ.py: 184,375 steps of 64 images, a rate of 0.1 that falls
 tenfold at steps 163,889 and 177,546, a warm-up of 500 steps from 0.067 of it, scale jitter 0.1 to 2, batch norm over the whole
 batch in all parts but the region proposal network, whose head has two convolutions. The box head has four and one dense layer.
-Deviations: a block's stride is in its 3x3 convolution; biases have no weight decay; at most 100 objects of an image.
+Deviations: a block's stride is in its 3x3 convolution; biases have no weight decay; an object's best anchor is matched with
+it; at most 100 objects of an image.
 Not run: nobody has trained this recipe here.
 Published by detectron2, for its own code: 44.6 box AP, 40.3 mask AP.
 """
