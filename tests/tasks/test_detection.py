@@ -1,17 +1,17 @@
 """Detection as a task: the digit scenes' recipe, shrunk, through the real loop; and what it refuses in one line."""
 
-import dataclasses
 import json
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import small_detector
 import toy_coco
 
-from halonet_jax import attention_maps, data, demo, evaluate, export, models, predict, tasks, train, weights
+from halonet_jax import attention_maps, data, demo, export, models, predict, tasks, train, weights
 from halonet_jax import config as config_lib
-from halonet_jax.detection import Found, MaskRCNN
+from halonet_jax.detection import Found
 from halonet_jax.errors import ConfigError, DataError, ExportError
 from halonet_jax.tasks import detection
 from halonet_jax.training.evaluation import SumEvaluator
@@ -29,16 +29,8 @@ def make_task(config, classes=10):
     return tasks.make_task(config, {"class_names": [str(n) for n in range(classes)], "preprocessing": {}})
 
 
-def tiny_model(config, num_classes):
-    """Two stages and no more levels, which compiles in half of the time."""
-    stages = models.stages("resnet50", stage_sizes=(1, 1, 1, 1), base_width=8, expansion_ratio=1.0)[:2]
-    backbone = models.create("resnet50", stages=stages, stem_width=8, bn_group_size=config.model.bn_group_size).backbone
-    spec = dataclasses.replace(detection.make_spec(config, num_classes), extra_level="none", box_bins=3, mask_bins=4)
-    return MaskRCNN(backbone, spec)
-
-
 def test_trains_and_evaluates_and_is_for_no_other_entry(tmp_path, monkeypatch):
-    monkeypatch.setattr(detection, "make_model", tiny_model)
+    monkeypatch.setattr(detection, "make_model", small_detector.make_model)
     config, workdir = recipe(), tmp_path / "run"
     config.data.image_size = config.data.scene_size = 48
     config.model.bn_group_size, config.tensorboard = 1, False
@@ -57,7 +49,6 @@ def test_trains_and_evaluates_and_is_for_no_other_entry(tmp_path, monkeypatch):
         (ConfigError, "attention maps need .* a MaskRCNN", lambda: attention_maps.Capture(loaded)),
         (ConfigError, "the page serves task='classification'", lambda: demo.Viewer(loaded)),
         (ExportError, "export serves task='classification'", lambda: export.export(str(workdir), tmp_path / "out")),
-        (ConfigError, "--per_class is for classification", lambda: evaluate.evaluate(str(workdir), per_class=True)),
     ):
         with pytest.raises(error, match=message) as raised:
             call()
