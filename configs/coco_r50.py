@@ -7,8 +7,9 @@ COCO holds train2017, val2017 and annotations. BACKBONE is a run of configs/resn
 weights, which the paper does not do.
 
 Source: arXiv 2103.12731, section 4, and the code that it names, tensorflow/tpu, models/official/detection: 67,500 steps of 64
-images, a rate of 0.1 that falls tenfold at steps 60,000 and 65,000, a warm-up of 500 steps, scale jitter 0.8 to 1.25, batch
-norm over two images. Deviations: the warm-up starts at 0, not at 2/300 of the rate; losses are means over the whole batch.
+images, a rate of 0.1 that falls tenfold at steps 60,000 and 65,000, a warm-up of 500 steps from a rate of 2/300, scale jitter
+0.8 to 1.25, batch norm over two images. Deviations: losses are means over the whole batch; stem and first stage are trained,
+which that code does not do by default, and of which the paper says nothing.
 Not run: nobody has trained this recipe here.
 Published, in the paper's table, for ResNet-50 of the literature: 42.1 box AP, 37.7 mask AP.
 """
@@ -49,6 +50,7 @@ def get_config(argument: str = "") -> ml_collections.ConfigDict:
     config.schedule.learning_rate = 0.1
     config.schedule.learning_rate_batch_size = 64
     config.schedule.warmup_epochs = _epochs(500)
+    config.schedule.warmup_start_factor = 2 / 300 / 0.1  # that code states the rate itself
     config.schedule.milestones = (_epochs(60_000), _epochs(65_000))
     return config_lib.with_argument(config, argument)
 

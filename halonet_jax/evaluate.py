@@ -59,8 +59,8 @@ def evaluate(
         out: folder for the result, in place of the above.
         label_key: feature of the TFDS data set that is the label; None: that of training. Where it is a sequence of
             labels, a prediction is right if it is any of them, and images without a label are left out.
-        per_class: also write `…_per_class.csv`, `…_confusion.csv` and `…_confusion.png`. Not for a detector, which always
-            writes `…_detections.json`, in COCO's format of results.
+        per_class: also write `…_per_class.csv`; for a classifier `…_confusion.csv` and `…_confusion.png`, too. A detector
+            always writes `…_detections.json`, in COCO's format of results.
 
     Returns:
         What is written: split, step, ema, the data's source, name, dir and label_key, count, corrupt, path, and each metric
@@ -77,7 +77,12 @@ def evaluate(
     found, evaluator = passes.run(subject, source, Scoring(per_class=per_class))
     split, data = subject.config.data.eval_split, files.about_data(subject)
     stem = files.stem(subject, split, files.data_ending(subject))
-    contents = files.by_class(subject.metadata["class_names"], evaluator.confusion) if per_class else {}
+    confusion = getattr(evaluator, "confusion", None) if per_class else None
+    contents = {}
+    if confusion is not None:
+        contents = files.by_class(subject.metadata["class_names"], confusion)
+    elif per_class:
+        contents["_per_class.csv"] = files.table(evaluator.per_class())
     if hasattr(evaluator, "detections"):
         contents["_detections.json"] = json.dumps(evaluator.detections())
     contents = {f"{stem}{ending}": text for ending, text in contents.items()}
@@ -88,9 +93,9 @@ def evaluate(
     if contents:
         result["files"] = [str(subject.folder / name) for name in contents]
     files.write(subject, contents | {f"{stem}.json": json.dumps(result, indent=2)}, result)
-    if per_class:
+    if confusion is not None:
         title = f"{split}: {found['top1_count']:,} of {found['count']:,} right"
-        picture = files.draw(subject, f"{stem}_confusion.png", subject.metadata["class_names"], evaluator.confusion, title)
+        picture = files.draw(subject, f"{stem}_confusion.png", subject.metadata["class_names"], confusion, title)
         result["files"] += [str(picture)] if picture else []
     return result
 
@@ -175,7 +180,7 @@ def define_flags() -> None:
     flags.DEFINE_string("data_dir", None, "Where the data is, if not where it was in training.")
     flags.DEFINE_string("data_name", None, "TFDS data set, if not that of training; its classes must be the same.")
     flags.DEFINE_string("label_key", None, "Feature of the TFDS data set that is the label, if not that of training.")
-    flags.DEFINE_boolean("per_class", False, "Also write the accuracy of each class and the confusion matrix.")
+    flags.DEFINE_boolean("per_class", False, "Also write the figures of each class: accuracy and confusion matrix, or AP.")
     flags.DEFINE_string(
         "suite", None, "Evaluate the sets of a suite: imagenet, which is validation, ReaL, V2, A, R, Sketch and C."
     )
@@ -196,7 +201,7 @@ def main() -> int:
     )  # fmt: skip
     print(summary(result))
     for path in result.get("files", ()):
-        print(f"{'by class' if f.per_class else 'detections'}: {path}")
+        print(f"{'detections' if path.endswith('_detections.json') else 'by class'}: {path}")
     print(f"written to {result['path']}")
     return 0
 

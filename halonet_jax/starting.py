@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from halonet_jax import weights
@@ -12,20 +13,26 @@ from halonet_jax.training.state import TrainState
 from halonet_jax.training.task import Task
 
 
-def create(init_from: str, task: Task, program: Programs) -> TrainState:
+def create(config: ml_collections.ConfigDict, task: Task, program: Programs) -> TrainState:
     """Creates the state of step 0, sharded, and prints what was taken from `init_from`.
 
     A resumed run does not come here: it never reads `init_from` again.
 
     Args:
-        init_from: as `weights.load` takes it; "" for random weights.
+        config: the run's; `init_from` is read, as `weights.load` takes it, or "" for random weights.
         task: what the weights must fit.
         program: the run's.
 
     Raises:
-        ConfigError: there is no model at `init_from`, or it does not fit the task.
+        ConfigError: there is no model at `init_from`, it does not fit the task, or norms are frozen at random weights.
         CheckpointError: the weights are damaged.
     """
+    init_from = config.init_from
+    if config.model.bn_frozen and not init_from:
+        raise ConfigError(
+            "model.bn_frozen=True keeps the batch norms of trained weights, and init_from='' starts at random; set "
+            "--config.init_from, or --config.model.bn_frozen=False"
+        )
     state = program.create_state()
     if not init_from:
         return state

@@ -137,7 +137,7 @@ def prepare(
     progress = Progress(metadata, len(train_source), config.batch_size)
     watchdog.doing("creating or restoring the state")
     if checkpointer.latest_step() is None:
-        create = lambda: starting.create(config.init_from, task, program)
+        create = lambda: starting.create(config, task, program)
         state = stop.interruptible(lambda: jax.block_until_ready(create()))
     else:
         restore = lambda: checkpointer.restore(program.abstract_state, program.create_state)

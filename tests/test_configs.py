@@ -57,26 +57,38 @@ def test_smoke_recipe_forward_and_backward(name):
     assert np.isfinite(loss) and all(np.isfinite(g).all() and np.any(g) for g in jax.tree.leaves(gradients))
 
 
+# The parts' parameters are worked out in tests/detection/test_mask_rcnn.py, the backbones' in tests/models/test_models.py.
+PARAMETERS = {
+    "coco_r50": 44_992_053, "coco_r50_se": 50_038_933, "coco_r50_se_halo": 45_321_349, "coco_r50_se_halo_b32": 45_323_653,
+    "coco_r101_se": 73_507_093, "coco_r101_se_halo": 68_789_509, "coco_r50_lsj": 46_305_589, "coco_r101_lsj": 65_297_717,
+    "digit_scenes_mask_rcnn": 421_077,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("name", DETECTORS)
 def test_detectors_have_their_shapes(name):
     """They take too long to compile to run each."""
-    for config in load(name), load(name, "smoke"):
+    for config, most in (load(name), PARAMETERS[name]), (load(name, "smoke"), 10**6):
         config_lib.validate(config, device_count=4)
         task = tasks.make_task(config, tasks.find(config).expected_metadata(config))
-    shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
-    assert set(shapes) == {"backbone", "fpn", "rpn_head", "box_head", "mask_head"}
-    assert sum(x.size for x in jax.tree.leaves(shapes)) < 10**6
+        shapes = jax.eval_shape(task.init, jax.random.key(0))[0]
+        assert set(shapes) == {"backbone", "fpn", "rpn_head", "box_head", "mask_head"}
+        count = sum(x.size for x in jax.tree.leaves(shapes))
+        assert count == most or count < most == 10**6
     with pytest.raises(config_lib.ConfigError, match="':tiny' and ':small' shrink recipes of task='classification'"):
         load(name, "tiny")
 
 
-def test_steps_of_the_papers_detectors():
-    config = load("coco_r50_se_halo")
+@pytest.mark.parametrize("name, start, first, second, last", [
+    ("coco_r50_se_halo", 2 / 300, 60_000, 65_000, 67_500), ("coco_r101_lsj", 0.0067, 163_889, 177_546, 184_375),
+])  # fmt: skip
+def test_steps_of_the_detectors(name, start, first, second, last):
+    config = load(name)
     per_epoch = 117_266 / config.batch_size
-    assert [round(epoch * per_epoch) for epoch in (config.num_epochs, config.schedule.warmup_epochs)] == [67_500, 500]
-    schedule = optimizer.make_schedule(config, 67_500, per_epoch)
-    np.testing.assert_allclose([schedule(step) for step in (250, 500, 59_999, 60_000, 64_999, 65_000)],
-                               [0.05, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6)  # fmt: skip
+    assert [round(epoch * per_epoch) for epoch in (config.num_epochs, config.schedule.warmup_epochs)] == [last, 500]
+    schedule = optimizer.make_schedule(config, last, per_epoch)
+    np.testing.assert_allclose([schedule(step) for step in (0, 250, 500, first - 1, first, second - 1, second)],
+                               [start, (start + 0.1) / 2, 0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-5)  # fmt: skip
 
 
 @pytest.mark.parametrize("argument, divisor", [("tiny", 4), ("small", 2)])

@@ -9,6 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import small_detector
 import toy_detector
 import yaml
 from entries import command, run
@@ -31,7 +32,7 @@ MAKE_MODEL = detection.make_model
 def tiny():
     """All detectors of this process are tiny."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(detection, "make_model", toy_detector.tiny_model)
+        patch.setattr(detection, "make_model", small_detector.make_model)
         yield
 
 

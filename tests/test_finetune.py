@@ -1,6 +1,7 @@
 """Starting from other weights: what is taken, resized and re-made, what stays frozen, and rates by depth."""
 
 import fnmatch
+import functools
 import shutil
 
 import cv2
@@ -11,6 +12,8 @@ from sklearn import datasets
 
 from halonet_jax import config as config_lib
 from halonet_jax import models, train, weights
+from halonet_jax.detection import DETECTRON2, MaskRCNN
+from halonet_jax.detection import model as detector
 from halonet_jax.models import freezing
 from halonet_jax.tasks import adapting
 from halonet_jax.training import optimizer
@@ -100,6 +103,17 @@ def test_milestones():
     np.testing.assert_allclose(rates, [0, 0.5, 1, 1, 0.1, 0.1, 0.01, 0.01], rtol=1e-5)
 
 
+@pytest.mark.parametrize("milestones", [(), (3.0,)])
+def test_warm_up_starts_at_a_share_of_the_peak(milestones):
+    config = config_lib.imagenet()
+    config.schedule.update(dict(milestones=milestones, warmup_epochs=1.0))
+    peak = 0.1 * 4096 / 256
+    for factor, expected in ((0.0, (0, 0.5, 1)), (0.2, (0.2, 0.6, 1)), (1.0, (1, 1, 1))):
+        config.schedule.warmup_start_factor = factor
+        schedule = optimizer.make_schedule(config, 80, 10.0)
+        np.testing.assert_allclose([schedule(step) for step in (0, 5, 10)], np.multiply(expected, peak), rtol=1e-6)
+
+
 # --- runs
 
 
@@ -143,14 +157,43 @@ def test_a_run_starts_from_another_and_a_resumed_one_from_itself(scans, tmp_path
         if is_frozen or name.endswith("/conv3/kernel"):  # a gradient may vanish elsewhere, as in attention to one pixel
             assert np.array_equal(old[name], new[name]) == is_frozen, name
     shutil.rmtree(tmp_path / "first")
-    assert run(scans, tmp_path / "second", "high", **options | {"max_steps": 6}).step == 6
+    options |= {"max_steps": 6, "init_from": "", "model.bn_frozen": True}
+    assert run(scans, tmp_path / "second", "high", **options).step == 6
     assert "starting from" not in capsys.readouterr().out
+    last = named(weights.load(str(tmp_path / "second"), weights="raw").variables)
+    kernel = "params/backbone/stage4_block1/conv3/kernel"
+    assert not np.array_equal(last[kernel], new[kernel])
+    norms = [name for name in last if "norm" in name]
+    assert len(norms) > 40 and all(np.array_equal(last[name], new[name]) for name in norms)
+    assert any(not np.array_equal(old[name], new[name]) for name in norms)
+
+
+@pytest.mark.parametrize(
+    "name, options", [("h4", {}), ("h4", {"scan": True}), ("lamhalobotnet50ts_256", {}), ("resnet50_se", {})]
+)
+def test_frozen_norms_are_all_norms_of_a_classifier(name, options):
+    shapes = jax.eval_shape(
+        lambda: models.create(name, **options).init(jax.random.key(0), np.zeros((1, 64, 64, 3)), train=False)
+    )
+    frozen = {key for key, value in named(freezing.frozen(shapes["params"], freezing.NORMS)).items() if value}
+    stats = jax.tree.map(lambda x: 0, shapes["batch_stats"])
+    folders = {key.rpartition("/")[0] for key in named(stats)}
+    assert frozen == {f"{folder}/{part}" for folder in folders for part in ("scale", "bias")}
+
+
+def test_norms_of_pyramid_and_heads_are_not_frozen():
+    model = MaskRCNN(small().backbone, DETECTRON2)
+    params, _ = jax.eval_shape(functools.partial(detector.init, model), jax.random.key(0))
+    frozen = named(freezing.frozen(params, freezing.NORMS))
+    assert {key.partition("/")[0] for key, value in frozen.items() if value} == {"backbone"}
+    assert not frozen["fpn/lateral2_norm/scale"] and not frozen["mask_head/conv1_norm/bias"]
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"init_from": "/nowhere"}, "init_from='/nowhere': .*holds no config.json"),
+        ({"model.bn_frozen": True}, "init_from='' starts at random; set --config.init_from, or --config.model.bn_frozen=False"),
         ({"model.freeze": ("stem*",)}, r"model.freeze has 'stem\*', which matches no parameter"),
         ({"schedule.milestones": (0.5,), "schedule.warmup_epochs": 1.0}, "begins within the warm-up of 1.0 epochs"),
     ],

@@ -1,6 +1,5 @@
 """A detector without training: random weights that are sure of their classes, in a folder that `halonet_jax.load` reads."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -8,8 +7,7 @@ import numpy as np
 from etils import epath
 
 from halonet_jax import config as config_lib
-from halonet_jax import models, tasks
-from halonet_jax.detection import MaskRCNN
+from halonet_jax import tasks
 from halonet_jax.tasks import detection
 from halonet_jax.weights import portable
 
@@ -24,14 +22,6 @@ def config():
     found.data.num_eval_scenes = 5
     found.detection.mask_convs, found.detection.box_dense = 0, (8,)
     return found
-
-
-def tiny_model(config, num_classes):
-    """In place of `tasks.detection.make_model`: two stages and no more levels, which compiles in half of the time."""
-    stages = models.stages("resnet50", stage_sizes=(1, 1, 1, 1), base_width=8, expansion_ratio=1.0)[:2]
-    backbone = models.create("resnet50", stages=stages, stem_width=8, bn_group_size=config.model.bn_group_size).backbone
-    spec = dataclasses.replace(detection.make_spec(config, num_classes), extra_level="none", box_bins=3, mask_bins=4)
-    return MaskRCNN(backbone, spec)
 
 
 def variables(task, seed=0):

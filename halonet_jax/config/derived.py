@@ -4,14 +4,28 @@ import math
 
 import ml_collections
 
+from halonet_jax.models import freezing
+
 
 def model_options(config: ml_collections.ConfigDict) -> dict:
     """Returns the keyword arguments of `models.create`. Knobs that are None are left out: the variant sets them.
 
+    `freeze` is that of `frozen_patterns`.
+
     Args:
         config: a whole config; its `model` section is read.
     """
-    return {key: value for key, value in config.model.items() if value is not None}
+    options = {key: value for key, value in config.model.items() if key != "bn_frozen" and value is not None}
+    return options | {"freeze": frozen_patterns(config)}
+
+
+def frozen_patterns(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+    """Returns the patterns of all parameters that are not trained: those of `model.freeze`, and norms by `model.bn_frozen`.
+
+    Args:
+        config: a whole config; its `model` section is read.
+    """
+    return config.model.freeze + (freezing.NORMS if config.model.bn_frozen else ())
 
 
 def independent_parts(config: ml_collections.ConfigDict) -> int:

@@ -119,6 +119,7 @@ def smoke(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.log_every_steps = 1
     config.model.dtype = "float32"
     config.model.bn_group_size = 0
+    config.model.bn_frozen = False  # its weights are random
     config.model.stage_sizes = (1, 1, 2, 1)
     config.model.base_width = 16
     config.model.stem_width = 16
@@ -217,7 +218,7 @@ def _shrink(config, divisor, image_size):
     m.num_heads = tuple(max(1, heads // divisor) for heads in v["num_heads"])
     m.stage_sizes = tuple(max(1, round(depth / 3)) for depth in v["stage_sizes"])
     m.block_size, m.halo_size = max(1, round(v["block_size"] / 2)), -(-v["halo_size"] // 2)
-    m.dtype, m.bn_group_size = "float32", 0
+    m.dtype, m.bn_group_size, m.bn_frozen = "float32", 0, False
     config.data = digit_scenes().data.copy_and_resolve_references()
     config.data.image_size = image_size
     config.data.randaugment_layers, config.data.randaugment_magnitude = layers, magnitude

@@ -91,6 +91,16 @@ def by_class(class_names: Sequence[str], confusion: np.ndarray) -> dict[str, str
     return {"_per_class.csv": _csv(rows), "_confusion.csv": _csv(matrix)}
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Returns rows as CSV, with their keys for a header. A share below 0 stands for none, and its cell is empty.
+
+    Args:
+        rows: at least one; all have the same keys.
+    """
+    show = lambda value: "" if isinstance(value, float) and value < 0 else value
+    return _csv([rows[0].keys(), *([show(value) for value in row.values()] for row in rows)])
+
+
 def draw(subject: Subject, name: str, class_names: Sequence[str], confusion: np.ndarray, title: str) -> epath.Path | None:
     """Draws the confusion matrix and returns the picture's path, None where it could not be drawn; only process 0 draws.
 

@@ -112,8 +112,10 @@ def run(subject: Subject, source: Source, scoring: Scoring = TRAINING, programs:
     """
     config, task, definition = subject.config, subject.task, tasks.find(subject.config)
     multi_label = getattr(source, "multi_label", False)
-    if scoring.per_class and not definition.scored:
-        raise ConfigError(f"--per_class is for classification, and the model's task is {config.task!r}; leave --per_class out")
+    if scoring.per_class and not definition.scored and not hasattr(task.evaluator(source), "per_class"):
+        raise ConfigError(
+            f"--per_class is for classification and detection, and the model's task is {config.task!r}; leave --per_class out"
+        )
     if scoring.per_class and multi_label:
         keys = " or ".join(source.single_label_keys)
         remedy = f"set --label_key to {keys}, or leave --per_class out" if keys else "leave --per_class out"

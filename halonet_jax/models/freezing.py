@@ -8,6 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+# Batch norms of a backbone, and the one between it and a classifier. Those of a detector's pyramid and heads are not among them.
+NORMS = ("backbone/*norm*", "final_norm")
+
 
 def is_frozen(name: str, patterns: Sequence[str]) -> bool:
     """Returns whether a pattern matches a name or a folder above it.

@@ -108,7 +108,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
         images, labels = normalize(batch["image"]), jax.nn.one_hot(batch["label"], num_classes)
         labels = optax.smooth_labels(labels, config.label_smoothing)
         images, labels = mixing.mix(mix_rng, images, labels, data_config.mixup_alpha, data_config.cutmix_alpha)
-        variables = {"params": freezing.stop_gradients(params, config.model.freeze), "batch_stats": model_state}
+        variables = {"params": freezing.stop_gradients(params, config_lib.frozen_patterns(config)), "batch_stats": model_state}
         logits, updates = model.apply(variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_rng})
         top1 = (logits.argmax(-1) == batch["label"]).mean(dtype=jnp.float32)
         return optax.softmax_cross_entropy(logits, labels).mean(), (updates["batch_stats"], {"top1": top1})
@@ -129,7 +129,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     return Task(
         init, loss, predict, scoring.make_metrics(num_classes), primary_metric="top1", transform=transform,
         metadata=metadata, describe=describe, model=model, normalize=normalize, distances=freezing.distances_from_top, adapt=adapt,
-        frozen=frozen.rule(config.model.freeze, init),
+        frozen=frozen.rule(config, init),
     )  # fmt: skip
 
 

@@ -89,7 +89,12 @@ class CocoEvaluator:
         return {**metrics, "count": len(self._detections)}
 
     def per_class(self) -> list[dict[str, Any]]:
-        """Returns a dict for each class: "class", "objects" without crowds, and "box_ap" and, with masks, "mask_ap"."""
+        """Returns the average precision of each class. Its mean over the classes with objects is that of `result`.
+
+        Returns:
+            For each class, in the order of the labels: "class", its name; "objects", their number without crowds; "box_ap"
+            and "box_ap50", -1 where there are none; and with masks, "mask_ap" and "mask_ap50".
+        """
         self.result()
         a, seen = self._annotations, np.zeros(len(self._annotations), bool)
         seen[list(self._detections)] = True
@@ -98,19 +103,12 @@ class CocoEvaluator:
         return [
             {
                 "class": name, "objects": int(objects[label]),
-                **{f"{kind}_ap": float(found["by_class"][label]) for kind, found in self._found.items()},
+                **{
+                    f"{kind}_{key}": float(values[label]) for kind, found in self._found.items()
+                    for key, values in found["by_class"].items()
+                },
             } for label, name in enumerate(a.class_names)
         ]  # fmt: skip
-
-    def table(self) -> str:
-        """Returns `per_class` as text, the best class first; "-" stands for a class without objects."""
-        rows = sorted(self.per_class(), key=lambda row: -row.get("box_ap", -1))
-        show = lambda value: value if isinstance(value, str) else f"{value}" if isinstance(value, int) else _share(value)
-        cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
-        widths = [max(map(len, column)) for column in zip(*cells)]
-        return "\n".join(
-            "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:]))]) for row in cells
-        )
 
     def detections(self) -> list[dict[str, Any]]:
         """Returns the detections in COCO's format of results, sorted by image; masks as compressed run lengths (text)."""
@@ -166,12 +164,16 @@ class CocoEvaluator:
                 evaluation.accumulate()
                 evaluation.summarize()
         if not images:
-            return {"summary": dict.fromkeys(_NAMES, -1.0), "by_class": np.full(len(self._annotations.class_names), -1.0)}
+            none = np.full(len(self._annotations.class_names), -1.0)
+            return {"summary": dict.fromkeys(_NAMES, -1.0), "by_class": {"ap": none, "ap50": none}}
         precision = np.asarray(evaluation.eval["precision"])[:, :, :, 0, -1]  # IoU, recall, class; all sizes, 100 detections
         order = np.argsort(np.argsort(self._annotations.category_ids))
-        by_class = [p[p > -1].mean() if (p > -1).any() else -1.0 for p in precision.transpose(2, 0, 1)]
+        by_class = {
+            key: np.array([p[p > -1].mean() if (p > -1).any() else -1.0 for p in part.transpose(2, 0, 1)])[order]
+            for key, part in (("ap", precision), ("ap50", precision[:1]))  # the first IoU is 0.5
+        }
         summary = {name: float(value) for name, value in zip(_NAMES, np.asarray(evaluation.stats)[:6])}
-        return {"summary": summary, "by_class": np.array(by_class)[order]}
+        return {"summary": summary, "by_class": by_class}
 
 
 @contextlib.contextmanager
@@ -185,10 +187,6 @@ def _silent(*classes):
     finally:
         for module in modules:
             vars(module).pop("print", None)
-
-
-def _share(value):
-    return "-" if value < 0 else f"{value:.3f}"
 
 
 def _api(backend: str) -> tuple[Callable, Callable]:

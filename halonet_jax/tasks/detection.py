@@ -168,7 +168,7 @@ def make_task(config: ml_collections.ConfigDict, metadata: dict) -> Task:
     return Task(
         init, loss, predict, metrics, evaluator=lambda source: CocoEvaluator(source.annotations), primary_metric="box_ap",
         transform=transform, metadata=metadata, describe=describe, model=model, normalize=normalize,
-        frozen=frozen.rule(config.model.freeze, init), distances=freezing.distances_from_top, adapt=adapt,
+        frozen=frozen.rule(config, init), distances=freezing.distances_from_top, adapt=adapt,
     )  # fmt: skip
 
 

@@ -8,10 +8,11 @@ from halonet_jax.training.task import Task
 
 
 def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per_epoch: float) -> optax.Schedule:
-    """Returns the schedule: linear warm-up from 0, then a cosine (paper, appendix) or steps (the paper's detectors).
+    """Returns the schedule: linear warm-up, then a cosine (paper, appendix) or steps (the paper's detectors).
 
-    The peak is `learning_rate * batch_size / learning_rate_batch_size`. The cosine ends at `end_factor` of the peak, at
-    `total_steps`. With `milestones`, the rate is multiplied by `milestone_factor` at each of them instead.
+    The peak is `learning_rate * batch_size / learning_rate_batch_size`. The warm-up begins at `warmup_start_factor` of it.
+    The cosine ends at `end_factor` of the peak, at `total_steps`. With `milestones`, the rate is multiplied by
+    `milestone_factor` at each of them instead.
 
     Args:
         config: the whole config; `schedule` and `batch_size` are read.
@@ -26,12 +27,13 @@ def make_schedule(config: ml_collections.ConfigDict, total_steps: int, steps_per
     if s.learning_rate_batch_size:
         peak *= config.batch_size / s.learning_rate_batch_size
     warmup_steps = min(round(s.warmup_epochs * steps_per_epoch), total_steps - 1)
+    start = s.warmup_start_factor * peak
     if s.milestones:
         drops = {round(epoch * steps_per_epoch) - warmup_steps: s.milestone_factor for epoch in s.milestones}
         steps = optax.piecewise_constant_schedule(peak, drops)
-        return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), steps], [warmup_steps])
+        return optax.join_schedules([optax.linear_schedule(start, peak, warmup_steps), steps], [warmup_steps])
     return optax.warmup_cosine_decay_schedule(
-        init_value=peak if warmup_steps == 0 else 0.0, peak_value=peak, warmup_steps=warmup_steps, decay_steps=total_steps,
+        init_value=peak if warmup_steps == 0 else start, peak_value=peak, warmup_steps=warmup_steps, decay_steps=total_steps,
         end_value=peak * s.end_factor,
     )  # fmt: skip
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from pycocotools.cocoeval import COCOeval
 from halonet_jax.data import annotations, masks
 from halonet_jax.data.coco import CocoSource
 from halonet_jax.errors import DataError
+from halonet_jax.evaluating import files
 from halonet_jax.tasks.coco_metrics import BACKENDS, CocoEvaluator
 
 SIDE, MOST = 96, 12
@@ -68,8 +70,8 @@ def evaluate(source, rows, size=4, order=None, **options):
     return evaluator
 
 
-def by_pycocotools(tmp_path, path, results, kind, images=None):
-    """The six numbers, from files."""
+def by_pycocotools(tmp_path, path, results, kind, images=None, category=None):
+    """The six numbers, from files; for one category alone if it is given."""
     results = [{k: v for k, v in r.items() if k != ("segmentation" if kind == "bbox" else "bbox")} for r in results]
     (tmp_path / "results.json").write_text(json.dumps(results))
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,6 +79,8 @@ def by_pycocotools(tmp_path, path, results, kind, images=None):
         evaluation = COCOeval(truth, truth.loadRes(str(tmp_path / "results.json")), kind)
         if images is not None:
             evaluation.params.imgIds = images
+        if category is not None:
+            evaluation.params.catIds = [category]
         evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
     return evaluation.stats[:6]
 
@@ -178,16 +182,28 @@ def test_broken_detections_are_left_out(source):
     assert evaluate(source, rows).result() == expected
 
 
-def test_per_class_and_table(source):
-    evaluator = evaluate(source, detect(source, 1))
-    rows, found = evaluator.per_class(), evaluator.result()
-    assert [row["class"] for row in rows] == list(source.class_names)
-    assert sum(row["objects"] for row in rows) == (~source.annotations.crowd).sum()
-    assert np.mean([row["box_ap"] for row in rows]) == pytest.approx(found["box_ap"])
-    assert np.mean([row["mask_ap"] for row in rows]) == pytest.approx(found["mask_ap"])
-    lines = evaluator.table().split("\n")
-    assert lines[0].split() == ["class", "objects", "box_ap", "mask_ap"] and len(lines) == 4
-    assert len(set(map(len, lines))) == 1
+def test_per_class(source, tmp_path):
+    """Each class as if it were alone; a class without objects has -1 and no part in the mean."""
+    rows, annotated = detect(source, 1), source.annotations
+    evaluator = evaluate(source, rows)
+    table, found = evaluator.per_class(), evaluator.result()
+    assert [row["class"] for row in table] == list(source.class_names)
+    assert [row["objects"] for row in table] == np.bincount(annotated.labels[~annotated.crowd], minlength=3).tolist()
+    for kind, name in (("bbox", "box"), ("segm", "mask")):
+        for row, category in zip(table, annotated.category_ids.tolist()):
+            expected = by_pycocotools(tmp_path, source._path, evaluator.detections(), kind, category=category)
+            np.testing.assert_allclose([row[f"{name}_ap"], row[f"{name}_ap50"]], expected[:2], rtol=0, atol=1e-12)
+        for key in (f"{name}_ap", f"{name}_ap50"):
+            assert np.mean([row[key] for row in table]) == pytest.approx(found[key], abs=1e-12)
+
+    records = [{**annotated.record(n), "image": np.zeros((*annotated.sizes[n], 3), np.uint8)} for n in range(12)]
+    evaluator = evaluate(SimpleNamespace(annotations=annotations.of_records(records, (*source.class_names, "bird"))), rows)
+    table, found = evaluator.per_class(), evaluator.result()
+    assert table[3] == {"class": "bird", "objects": 0, "box_ap": -1, "box_ap50": -1, "mask_ap": -1, "mask_ap50": -1}
+    assert np.mean([row["mask_ap"] for row in table[:3]]) == pytest.approx(found["mask_ap"], abs=1e-12)
+    head, *lines = files.table(table).splitlines()
+    assert head == "class,objects,box_ap,box_ap50,mask_ap,mask_ap50"
+    assert lines[3] == "bird,0,,,," and not any(",," in line for line in lines[:3])
 
 
 def test_boxes_alone_and_bytes_for_masks(source):
@@ -197,7 +213,7 @@ def test_boxes_alone_and_bytes_for_masks(source):
     assert evaluate(source, as_bytes).result() == expected
     boxes = evaluate(source, [{k: v for k, v in row.items() if k != "masks"} for row in rows])
     assert boxes.result() == {k: v for k, v in expected.items() if not k.startswith("mask")}
-    assert "segmentation" not in boxes.detections()[0] and "mask_ap" not in boxes.table()
+    assert "segmentation" not in boxes.detections()[0] and "mask_ap" not in boxes.per_class()[0]
 
 
 def test_objects_without_masks_leave_boxes_alone(source):
