@@ -27,6 +27,9 @@ RECIPES = (
     "halonet50", "resnet50",
 )  # fmt: skip
 FIRST = ("h4", "h0", "h1", "h7")
+# Detectors have 64 images a step, as in the paper: 2 on each of 32 devices.
+DETECTOR_SLICES = {"v5e-32": "v5e:4x8", "v5e-16": "v5e:4x4"}
+DETECTORS = ("coco_r50_se_halo", "coco_r50_se", "coco_r101_se_halo", "coco_r50_se_halo_b32", "coco_r50", "coco_r101_se")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
 # A compiled step depends on the recipe and on every file in these folders of the package, except LEFT_OUT.
@@ -36,6 +39,7 @@ LEFT_OUT = (
     "training/checkpoint_reader.py", "training/evaluation.py",
     "training/loop.py", "training/progress.py",
 )  # fmt: skip
+DETECTOR_SOURCES = ("detection",)  # of detectors only
 
 
 def main(minutes: float, quick: bool) -> int:
@@ -55,7 +59,7 @@ def main(minutes: float, quick: bool) -> int:
             tell("time is up; run the same command to continue")
             break
         if not (quick and timed):
-            row(store, recipe, SLICES[name], timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
+            row(store, recipe, (SLICES | DETECTOR_SLICES)[name], timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
             write_page(store)
     write_page(store)
     return 0
@@ -68,8 +72,8 @@ def work() -> list[tuple[str, str, bool]]:
     first, others = ("v5e-128", "v4-128"), ("v6e-128", "v5p-128", "v3-128")
     return [
         *every(FIRST, first, False), ("h4", "v5e-128", True), PUBLISHED, *every(FIRST, first[:1], True), *every(rest, first, False),
-        *every(FIRST, others, False), *every(FIRST, first[1:], True), *every(rest, others, False), *every(rest, first, True),
-        *every(RECIPES, others, True),
+        *every(DETECTORS, DETECTOR_SLICES, False), *every(FIRST, others, False), *every(FIRST, first[1:], True),
+        *every(rest, others, False), *every(rest, first, True), *every(RECIPES, others, True),
     ]  # fmt: skip
 
 
@@ -83,12 +87,12 @@ class Store:
         """Returns the stamp of the current code: a hash of everything that the recipe's compiled step depends on.
 
         Args:
-            recipe: a name from `RECIPES`.
+            recipe: a name from `RECIPES` or `DETECTORS`.
         """
         stamp = hashlib.sha256("".join(metadata.version(name) for name in ("jax", "libtpu")).encode())
         stamp.update(config_lib.to_json(load(recipe)).encode())
-        package = ROOT / "halonet_jax"
-        for path in sorted(path for folder in SOURCES for path in (package / folder).glob("*.py")):
+        package, folders = ROOT / "halonet_jax", SOURCES + DETECTOR_SOURCES * (recipe in DETECTORS)
+        for path in sorted(path for folder in folders for path in (package / folder).glob("*.py")):
             if path.relative_to(package).as_posix() not in LEFT_OUT:
                 stamp.update(path.read_bytes())
         return stamp.hexdigest()[:12]
@@ -101,7 +105,7 @@ class Store:
         """Returns a record, whatever code it was compiled from; None if it does not exist.
 
         Args:
-            recipe: a name from `RECIPES`.
+            recipe: a name from `RECIPES` or `DETECTORS`.
             topology: a slice, such as "v5e:8x16".
             settings: those of the compile.
             quick: True for a compile to memory, False for one to machine code.
@@ -147,7 +151,7 @@ def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
     """Returns a recipe's config.
 
     Args:
-        recipe: a name from `RECIPES`.
+        recipe: a name from `RECIPES` or `DETECTORS`.
         scan: True turns `model.scan` on; False leaves it as it is.
     """
     config = config_lib.sibling(str(ROOT / "configs" / "recipe.py"), recipe)
@@ -160,7 +164,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[s
 
     Args:
         store: receives the records.
-        recipe: a name from `RECIPES`.
+        recipe: a name from `RECIPES` or `DETECTORS`.
         topology: a slice, such as "v5e:8x16".
         timed: also compile to machine code, with `model.scan` to save compile time. This gives the estimate of time.
         tell: called with each line of progress.
@@ -224,6 +228,7 @@ def write_page(store: Store) -> None:
     lines = [tpu_table_text.HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
     for name, topology in SLICES.items():
         lines += _slice_section(store, name, chips.topology(topology))
+    lines += _detector_section(store)
     PAGE.write_text("\n".join(lines) + "\n" + tpu_table_text.FOOTER.format(checks=_checks()))
 
 
@@ -246,6 +251,33 @@ def _slice_section(store, name, parsed):
         *(_row([_name(store, recipe, parsed), *cells]) for recipe, cells in timed),
         "",
     ]
+
+
+def _detector_section(store):
+    lines = [
+        tpu_table_text.DETECTORS,
+        "| recipe | slice | as it is | settings that fit (GiB) | peak GiB | TFLOP | GB moved | least ms |\n"
+        "|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for name, topology in DETECTOR_SLICES.items():
+        parsed = chips.topology(topology)
+        lines += [
+            _row([_name(store, recipe, parsed), name, *_memory_cells(store, recipe, parsed)]) for recipe in DETECTORS
+        ]
+    recipe, topology = DETECTORS[0], next(iter(DETECTOR_SLICES.values()))
+    record = store.find(recipe, topology, Settings.of(load(recipe)), True)
+    if not record or not record["fits"]:
+        return [*lines, ""]
+    size = record["bytes"]
+    parts = [
+        _row([part, f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}", f"{moved / size:.0%}"])
+        for part, (flops, moved) in record["parts"].items()
+    ]
+    moved = "; ".join(f"{count} × {kind}, {total / 1e6:.0f} MB together" for kind, count, total in record["collectives"])
+    return [
+        *lines, tpu_table_text.DETECTOR_PARTS.format(recipe=recipe, collectives=moved, temp=record["temp_bytes"] / chips.GIB),
+        "| part | TFLOP | GB moved | share of GB |\n|---|--:|--:|--:|", *parts, "",
+    ]  # fmt: skip
 
 
 def _row(cells):

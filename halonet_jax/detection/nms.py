@@ -25,6 +25,7 @@ class Kept(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("nms")
 def nms(
     boxes: jax.Array, scores: jax.Array, valid: jax.Array, threshold: float, count: int, labels: jax.Array | None = None
 ) -> Kept:

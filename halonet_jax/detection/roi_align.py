@@ -19,7 +19,7 @@ from halonet_jax import ops
 # Rows of bins at a time: 32 regions of 7 x 7 bins, 16 of 14 x 14. Their intermediate results are recomputed in the backward
 # pass. Compiled for TPU v5e, einsums with their gradient then take 0.06 GB (7 x 7 bins, 512 regions an image) or 0.07 GB
 # (14 x 14, 128 regions) beside the maps, for 4 images of 1024 px in bfloat16. The rows fit on-chip memory: twice as many
-# take twice the memory and four times the traffic.
+# take twice the memory and three to four times the traffic.
 CHUNK_ROWS = 224
 MOST_SAMPLES = 8  # of an adaptive bin, per axis: enough for regions four times as high as wide
 

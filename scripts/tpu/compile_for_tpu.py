@@ -143,6 +143,8 @@ def _report(name: str, record: dict, chip: chips.Chip) -> None:
     )
     for kind, count, size in record["collectives"]:
         print(f"  {kind:14s} {count} times, {size / 1e6:.2f} MB")
+    for part, (flops, size) in record.get("parts", {}).items():
+        print(f"    {part:24s} {flops / 1e12:6.3f} TFLOP, {size / 1e9:6.2f} GB")
     for loop in record["unknown_loops"]:
         print(f"  warning: {loop} repeats an unknown number of times and is counted once")
     least = chips.roofline_seconds(chip, record["flops"], record["bytes"])
