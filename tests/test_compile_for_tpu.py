@@ -122,19 +122,9 @@ def test_the_table_goes_on_where_it_stopped_and_says_what_is_missing(tmp_path, m
 def test_detectors_have_rows_and_the_parts_of_a_step(tmp_path, monkeypatch):
     def compile_step(config, topology, step, quick):
         assert (config.task, config.batch_size, step, quick) == ("detection", 64, "train", True)
-        work = {
-            "flops": 4e12,
-            "bytes": 5e10,
-            "cycles": 0,
-            "seconds": 0,
-            "temp_bytes": 2**31,
-            "collectives": [["all-reduce", 5, 98e6]],
-        }
-        return work | {
-            "fits": topology == "v5e:4x8",
-            "peak_bytes": 2**32,
-            "parts": {"RoIAlign": [1e12, 1e10], "other": [3e12, 4e10]},
-        }
+        parts = {"RoIAlign": [1e12, 1e10], "other": [3e12, 4e10]}
+        work = {"flops": 4e12, "bytes": 5e10, "cycles": 0, "parts": parts, "collectives": [["all-reduce", 5, 98e6]]}
+        return work | {"fits": topology == "v5e:4x8", "peak_bytes": 2**32, "temp_bytes": 2**31, "seconds": 0}
 
     monkeypatch.setattr(tpu_records, "RECORDS", tmp_path / "records.json")
     monkeypatch.setattr(tpu_table, "PAGE", tmp_path / "page.md")
