@@ -100,7 +100,8 @@ class MaskRCNN(nn.Module):
             return maps, *self.rpn_head(maps)
         # The levels share the parameters. Within a device, their gradients are summed before devices exchange them.
         head, variables = self.rpn_head.unbind()
-        return maps, *per_device(lambda variables, *maps: head.apply(variables, maps), *maps, whole=variables)
+        apply = jax.named_scope("rpn_head")(lambda variables, *maps: head.apply(variables, maps))
+        return maps, *per_device(apply, *maps, whole=variables)
 
     def align(self, maps, rois, size: int):
         """Returns the features of regions `[B, R, 4]`: `[B, R, size, size, C]`."""
