@@ -53,9 +53,12 @@ v5e-16. The columns are those above.
 """
 
 DETECTOR_PARTS = """
-The parts of a step of `{recipe}` on v5e-32, with their gradients. Temporaries take {temp:.2f} GiB. Chips exchange
-gradients, batch statistics and sums of losses: {collectives}. The optimizer, and copies without a name, are "other".
-A fusion counts for the part that it is named after. The rounds of NMS are counted once; a picture takes four to eight.
+The parts of a step of `{recipe}` on v5e-32, with their gradients. Temporaries take {temp:.2f} GiB.
+Chips exchange gradients, batch statistics and sums of losses alone: {collectives}.
+
+"other" is the optimizer and copies that the compiler makes, most of them between main and on-chip memory. Their names do
+not tell the part, so that the traffic of the parts is a lower bound. A fusion counts for the part that it is named after.
+The rounds of NMS are counted once; a picture takes four to eight.
 """
 
 FOOTER = """\
