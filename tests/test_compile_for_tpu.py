@@ -8,7 +8,7 @@ import entries
 import pytest
 
 from halonet_jax import config as config_lib
-from halonet_jax.costs import chips, tpu_compile, tpu_table
+from halonet_jax.costs import chips, tpu_compile, tpu_records, tpu_table
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e '.[compile_check]'"
@@ -105,10 +105,10 @@ def test_the_table_goes_on_where_it_stopped_and_says_what_is_missing(tmp_path, m
         work = {"flops": 2e12, "bytes": 1e11, "cycles": 0 if quick else 1.5e9, "seconds": 0}
         return work | {"fits": True, "peak_bytes": 2**32}
 
-    monkeypatch.setattr(tpu_table, "RECORDS", tmp_path / "records.json")
+    monkeypatch.setattr(tpu_records, "RECORDS", tmp_path / "records.json")
     monkeypatch.setattr(tpu_table, "PAGE", tmp_path / "page.md")
     monkeypatch.setattr(tpu_table, "work", lambda: [("h7", "v5e-128", False), ("h7", "v5e-128", True)])
-    monkeypatch.setattr(tpu_table.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(tpu_records.metadata, "version", lambda name: "1.0")
     monkeypatch.setattr(tpu_compile, "compile_step", compile_step)
     for _ in range(2):
         assert tpu_table.main(minutes=0, quick=False) == 0
@@ -119,12 +119,31 @@ def test_the_table_goes_on_where_it_stopped_and_says_what_is_missing(tmp_path, m
     assert all("not compiled yet" in row for row in rows[2:]) and len(rows) == 6
 
 
+def test_detectors_have_rows_and_the_parts_of_a_step(tmp_path, monkeypatch):
+    def compile_step(config, topology, step, quick):
+        assert (config.task, config.batch_size, step, quick) == ("detection", 64, "train", True)
+        parts = {"RoIAlign": [1e12, 1e10], "other": [3e12, 4e10]}
+        work = {"flops": 4e12, "bytes": 5e10, "cycles": 0, "parts": parts, "collectives": [["all-reduce", 5, 98e6]]}
+        return work | {"fits": topology == "v5e:4x8", "peak_bytes": 2**32, "temp_bytes": 2**31, "seconds": 0}
+
+    monkeypatch.setattr(tpu_records, "RECORDS", tmp_path / "records.json")
+    monkeypatch.setattr(tpu_table, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(tpu_table, "work", lambda: [("coco_r50_se_halo", "v5e-32", False)])
+    monkeypatch.setattr(tpu_records.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(tpu_compile, "compile_step", compile_step)
+    assert tpu_table.main(minutes=0, quick=True) == 0
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    assert "| `coco_r50_se_halo` | v5e-32 | fits |  | 4.00 | 4.00 | 50 | 61 |" in lines
+    assert "| `coco_r50` | v5e-32 | not compiled yet |  |  |  |  |  |" in lines
+    assert "| RoIAlign | 1.00 | 10.0 | 20% |" in lines and any("5 × all-reduce, 98 MB together" in line for line in lines)
+
+
 def test_the_stamp_covers_every_layer_of_a_step_and_sibling_recipes(tmp_path, monkeypatch):
-    monkeypatch.setattr(tpu_table.metadata, "version", lambda name: "1.0")
+    monkeypatch.setattr(tpu_records.metadata, "version", lambda name: "1.0")
     for folder in ("configs", "halonet_jax"):
-        shutil.copytree(tpu_table.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(tpu_table, "ROOT", tmp_path)
-    store = tpu_table.Store()
+        shutil.copytree(tpu_records.ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(tpu_records, "ROOT", tmp_path)
+    store = tpu_records.Store()
     stamps = [store.code("h7_conv1")]
     package = "halonet_jax"
     for path in ("ops/einsum.py", "models/layers.py", "tasks/mixing.py", "config/knobs.py", "training/step.py"):
@@ -135,4 +154,6 @@ def test_the_stamp_covers_every_layer_of_a_step_and_sibling_recipes(tmp_path, mo
     stamps.append(store.code("h7_conv1"))
     assert len(set(stamps)) == len(stamps)
     (tmp_path / package / "training" / "checkpoint.py").open("a").write("\n")
-    assert store.code("h7_conv1") == stamps[-1]
+    detector = store.code("coco_r50")
+    (tmp_path / package / "detection" / "nms.py").open("a").write("\n")
+    assert store.code("h7_conv1") == stamps[-1] and store.code("coco_r50") != detector

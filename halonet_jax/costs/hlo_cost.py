@@ -16,6 +16,7 @@ _FREE = {
 _SLICES = ("slice", "dynamic-slice", "gather", "slice-start")
 _CALLS = re.compile(r"\bcalls=%?([\w.-]+)")
 _KERNEL_FLOPS = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
+_OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 
 
@@ -45,19 +46,40 @@ def cost(module: hlo.Module) -> Cost:
     Args:
         module: the program, from `hlo.parse`.
     """
-    flops = size = cycles = kernel_flops = 0
+    return by_part(module, {})["other"]
+
+
+def by_part(module: hlo.Module, parts: dict[str, str]) -> dict[str, Cost]:
+    """Returns the cost of each part of a program. The parts add up to `cost`.
+
+    An instruction belongs to the part whose scope its name holds. The name of a fusion is that of one of its instructions.
+
+    Args:
+        module: the program, from `hlo.parse`.
+        parts: for each part a name of `jax.named_scope`, of a Flax module or of its method. Of several that fit, the first
+            counts.
+
+    Returns:
+        The cost of each part, and of "other".
+    """
+    sums = {part: np.zeros(4, int) for part in (*parts, "other")}
+    scopes = {part: re.compile(rf"\b{re.escape(scope)}\b") for part, scope in parts.items()}
     fused = _fused(module)
     for name, times in hlo.executions(module).items():
         computation = module.computations[name]
         for instruction in computation.values():
-            flops += times * _flops(instruction, computation)
+            found = _OP_NAME.search(instruction.attributes)
+            fitting = (part for part, scope in scopes.items() if found and scope.search(found.group(1)))
             kernel = _KERNEL_FLOPS.search(instruction.attributes) if instruction.opcode == "custom-call" else None
-            kernel_flops += times * int(kernel.group(1)) if kernel else 0
+            kernel_flops = int(kernel.group(1)) if kernel else 0
+            size = cycles = 0
             if name not in fused:
-                size += times * _bytes(module, instruction, computation)
+                size = _bytes(module, instruction, computation)
                 estimate = _CYCLES.search(instruction.attributes)
-                cycles += times * int(estimate.group(1)) if estimate else 0
-    return Cost(flops + kernel_flops, size, cycles, kernel_flops)
+                cycles = int(estimate.group(1)) if estimate else 0
+            numbers = (_flops(instruction, computation) + kernel_flops, size, cycles, kernel_flops)
+            sums[next(fitting, "other")] += times * np.array(numbers)
+    return {part: Cost(*total.tolist()) for part, total in sums.items()}
 
 
 def _fused(module):

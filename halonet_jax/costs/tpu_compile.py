@@ -23,6 +23,12 @@ from halonet_jax.costs import chips, hlo, hlo_cost
 
 WORKER = Path(__file__).with_name("compile_worker.py")
 EXIT_BAD_TOPOLOGY = 2  # the worker's exit code
+# Parts of a detector's step, by the scopes in its program; of several that fit, the first counts.
+DETECTOR_PARTS = {
+    "RoIAlign": "align", "NMS": "nms", "proposals without NMS": "proposals", "targets of anchors": "anchor_targets",
+    "targets of regions": "roi_targets", "halo attention": "attention", "backbone without it": "backbone", "pyramid": "fpn",
+    "RPN head": "rpn_head", "box head": "box_head", "mask head": "mask_head",
+}  # fmt: skip
 
 
 class CompileFailed(RuntimeError):
@@ -114,7 +120,7 @@ def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "
         batch statistics), `ema_bytes`, `versions`.
 
         If the compile succeeds: `peak_bytes`, `temp_bytes`, `flops`, `bytes`, `cycles` (0 if `quick`), `kernel_flops`,
-        `collectives`, `unknown_loops`.
+        `collectives`, `unknown_loops`; for a detector also `parts`, the FLOPs and bytes of each of `DETECTOR_PARTS`.
 
         If the compiler runs out of memory: `needed_bytes`, of temporaries alone.
 
@@ -136,7 +142,9 @@ def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "
         if (out / "about.json").exists():
             record |= json.loads((out / "about.json").read_text())
         if done.returncode == 0:
-            return record | _figures(chip, json.loads((out / "result.json").read_text()), (out / "program.txt").read_text())
+            parts = DETECTOR_PARTS if config.task == "detection" else {}
+            result, text = json.loads((out / "result.json").read_text()), (out / "program.txt").read_text()
+            return record | _figures(chip, result, text, parts)
     needed = re.search(r"RESOURCE_EXHAUSTED.*?\(([\d.]+)([KMGT])\) exceeds available HBM", done.stderr, re.S)
     if needed:
         return record | {"needed_bytes": float(needed.group(1)) * 1024 ** " KMGT".index(needed.group(2))}
@@ -147,10 +155,10 @@ def compile_step(config: ml_collections.ConfigDict, topology: str, step: str = "
     raise CompileFailed(last)
 
 
-def _figures(chip, result, text):
+def _figures(chip, result, text, parts):
     module = hlo.parse(text)
-    cost = hlo_cost.cost(module)
-    return result | cost._asdict() | {
+    by_part = {part: [cost.flops, cost.bytes] for part, cost in hlo_cost.by_part(module, parts).items()}
+    return result | hlo_cost.cost(module)._asdict() | ({"parts": by_part} if parts else {}) | {
         "fits": result["peak_bytes"] <= chip.memory,
         "collectives": [tuple(collective) for collective in hlo.collectives(text)],
         "unknown_loops": hlo.unknown_loops(module),

@@ -1,41 +1,21 @@
 """Writes docs/tpu_sizing.md, the sizing of each recipe on each TPU generation. `compile_for_tpu.py --table` runs it.
 
-Every compile is stored in docs/tpu_sizing.json as soon as it ends, with a stamp of the code that it depends on. The
-next run continues where the last one stopped. Nothing in the tables is extrapolated: a row that is not compiled yet
-says so.
+Every compile is stored as soon as it ends (`tpu_records`). The next run continues where the last one stopped. Nothing
+in the tables is extrapolated: a row that is not compiled yet says so.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
-import ml_collections
-
-from halonet_jax import config as config_lib
 from halonet_jax.costs import chips, tpu_compile, tpu_table_text
 from halonet_jax.costs.tpu_compile import Settings
+from halonet_jax.costs.tpu_records import DETECTOR_SLICES, DETECTORS, RECIPES, ROOT, SLICES, Store, fits, load
 
-ROOT = Path(__file__).parents[2]
-RECORDS, PAGE = ROOT / "docs" / "tpu_sizing.json", ROOT / "docs" / "tpu_sizing.md"
-# 128 cores or chips each: a device gets 32 or 64 of the recipe's 4,096 images.
-SLICES = {"v5e-128": "v5e:8x16", "v4-128": "v4:4x4x4", "v6e-128": "v6e:8x16", "v5p-128": "v5p:4x4x4", "v3-128": "v3:8x8"}
-RECIPES = (
-    "h0", "h1", "h2", "h3", "h4", "h5", "h6", "h7", "h4_base128", "h4_base128_conv12", "h7_conv1", "h7_conv12", "h7_conv123",
-    "halonet50", "resnet50",
-)  # fmt: skip
+PAGE = ROOT / "docs" / "tpu_sizing.md"
 FIRST = ("h4", "h0", "h1", "h7")
 PUBLISHED = ("h4_base128", "v3-128", True)  # the one step time on a TPU that the paper states
 EPOCHS, IMAGES = 350, 1_281_167  # the paper's recipe on ImageNet
-# A compiled step depends on the recipe and on every file in these folders of the package, except LEFT_OUT.
-SOURCES = ("config", "models", "ops", "tasks", "training")
-LEFT_OUT = (
-    "tasks/inputs.py", "training/carry_over.py", "training/checkpoint.py", "training/checkpoint_files.py",
-    "training/checkpoint_reader.py", "training/evaluation.py",
-    "training/loop.py", "training/progress.py",
-)  # fmt: skip
 
 
 def main(minutes: float, quick: bool) -> int:
@@ -55,7 +35,8 @@ def main(minutes: float, quick: bool) -> int:
             tell("time is up; run the same command to continue")
             break
         if not (quick and timed):
-            row(store, recipe, SLICES[name], timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
+            topology = (SLICES | DETECTOR_SLICES)[name]
+            row(store, recipe, topology, timed, lambda text, about=f"{recipe} {name}": tell(f"{about}: {text.strip()}"))
             write_page(store)
     write_page(store)
     return 0
@@ -68,91 +49,9 @@ def work() -> list[tuple[str, str, bool]]:
     first, others = ("v5e-128", "v4-128"), ("v6e-128", "v5p-128", "v3-128")
     return [
         *every(FIRST, first, False), ("h4", "v5e-128", True), PUBLISHED, *every(FIRST, first[:1], True), *every(rest, first, False),
-        *every(FIRST, others, False), *every(FIRST, first[1:], True), *every(rest, others, False), *every(rest, first, True),
-        *every(RECIPES, others, True),
+        *every(DETECTORS, DETECTOR_SLICES, False), *every(FIRST, others, False), *every(FIRST, first[1:], True),
+        *every(rest, others, False), *every(rest, first, True), *every(RECIPES, others, True),
     ]  # fmt: skip
-
-
-class Store:
-    """The records of compiles, in a file that several runs may write to."""
-
-    def __init__(self):
-        self.read()
-
-    def code(self, recipe: str) -> str:
-        """Returns the stamp of the current code: a hash of everything that the recipe's compiled step depends on.
-
-        Args:
-            recipe: a name from `RECIPES`.
-        """
-        stamp = hashlib.sha256("".join(metadata.version(name) for name in ("jax", "libtpu")).encode())
-        stamp.update(config_lib.to_json(load(recipe)).encode())
-        package = ROOT / "halonet_jax"
-        for path in sorted(path for folder in SOURCES for path in (package / folder).glob("*.py")):
-            if path.relative_to(package).as_posix() not in LEFT_OUT:
-                stamp.update(path.read_bytes())
-        return stamp.hexdigest()[:12]
-
-    def read(self) -> None:
-        """Reads the file again, because other runs may have added records."""
-        self.records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
-
-    def find(self, recipe: str, topology: str, settings: Settings, quick: bool) -> dict | None:
-        """Returns a record, whatever code it was compiled from; None if it does not exist.
-
-        Args:
-            recipe: a name from `RECIPES`.
-            topology: a slice, such as "v5e:8x16".
-            settings: those of the compile.
-            quick: True for a compile to memory, False for one to machine code.
-        """
-        return self.records.get(_key(recipe, topology, settings, quick))
-
-    def get(self, recipe: str, topology: str, settings: Settings, quick: bool, code: str = "") -> dict | None:
-        """Returns a record of the current code, or of `code`; None if it does not exist.
-
-        Args:
-            recipe: as for `find`.
-            topology: likewise.
-            settings: likewise.
-            quick: likewise.
-            code: the stamp that the record must have; "": that of the current code.
-        """
-        record = self.find(recipe, topology, settings, quick)
-        return record if record and record["code"] == (code or self.code(recipe)) else None
-
-    def put(self, recipe: str, topology: str, settings: Settings, quick: bool, record: dict) -> None:
-        """Adds a record to the file, or replaces the old one.
-
-        Args:
-            recipe: as for `find`.
-            topology: likewise.
-            settings: likewise.
-            quick: likewise.
-            record: JSON values, with the stamp under "code".
-        """
-        self.read()
-        self.records[_key(recipe, topology, settings, quick)] = record
-        new = RECORDS.with_suffix(".new")
-        new.write_text(json.dumps(dict(sorted(self.records.items())), indent=1) + "\n")
-        new.rename(RECORDS)
-
-
-def _key(recipe, topology, settings, quick):
-    settings = " ".join(f"{key}={value}" for key, value in settings._asdict().items())
-    return f"{recipe} | {topology} | {settings} | {'memory' if quick else 'machine code'}"
-
-
-def load(recipe: str, scan: bool = False) -> ml_collections.ConfigDict:
-    """Returns a recipe's config.
-
-    Args:
-        recipe: a name from `RECIPES`.
-        scan: True turns `model.scan` on; False leaves it as it is.
-    """
-    config = config_lib.sibling(str(ROOT / "configs" / "recipe.py"), recipe)
-    config.model.scan |= scan
-    return config
 
 
 def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[str], None]) -> None:
@@ -160,7 +59,7 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[s
 
     Args:
         store: receives the records.
-        recipe: a name from `RECIPES`.
+        recipe: a name from `RECIPES` or `DETECTORS`.
         topology: a slice, such as "v5e:8x16".
         timed: also compile to machine code, with `model.scan` to save compile time. This gives the estimate of time.
         tell: called with each line of progress.
@@ -190,31 +89,6 @@ def row(store: Store, recipe: str, topology: str, timed: bool, tell: Callable[[s
             tell(f"the compiler failed: {error}")
 
 
-def fits(store: Store, config, recipe: str, topology: str, quick: bool = True, code: str = "") -> list[tuple[Settings, dict]]:
-    """Returns the stored compiles that fit, as (settings, record). The one with the least time is first.
-
-    It looks for the config's own settings and for those that `tpu_compile.make_fit` tries.
-
-    Args:
-        store: the records.
-        config: the recipe's config.
-        recipe: its name.
-        topology: a slice, such as "v5e:8x16".
-        quick: True for compiles to memory, False for those to machine code.
-        code: the stamp that records must have; "": that of the current code.
-    """
-    here, parsed = Settings.of(config), chips.topology(topology)
-    found = []
-    for remat in (False, True):
-        for steps in (1, 2, 4, 8, 16, 32, 64):
-            for fsdp in (1, parsed.num_devices):
-                settings = here._replace(accumulation_steps=steps, remat=remat, fsdp=fsdp)
-                record = store.get(recipe, topology, settings, quick, code)
-                if record and record["fits"]:
-                    found.append((settings, record))
-    return sorted(found, key=lambda item: chips.roofline_seconds(parsed.chip, item[1]["flops"], item[1]["bytes"]))
-
-
 def write_page(store: Store) -> None:
     """Writes docs/tpu_sizing.md from the records, without compiling.
 
@@ -224,6 +98,7 @@ def write_page(store: Store) -> None:
     lines = [tpu_table_text.HEADER.format(**{name: metadata.version(name) for name in ("jax", "libtpu")})]
     for name, topology in SLICES.items():
         lines += _slice_section(store, name, chips.topology(topology))
+    lines += _detector_section(store)
     PAGE.write_text("\n".join(lines) + "\n" + tpu_table_text.FOOTER.format(checks=_checks()))
 
 
@@ -246,6 +121,31 @@ def _slice_section(store, name, parsed):
         *(_row([_name(store, recipe, parsed), *cells]) for recipe, cells in timed),
         "",
     ]
+
+
+def _detector_section(store):
+    lines = [
+        tpu_table_text.DETECTORS,
+        "| recipe | slice | as it is | settings that fit (GiB) | peak GiB | TFLOP | GB moved | least ms |\n"
+        "|---|---|---|---|--:|--:|--:|--:|",
+    ]
+    for name, topology in DETECTOR_SLICES.items():
+        parsed = chips.topology(topology)
+        lines += [_row([_name(store, recipe, parsed), name, *_memory_cells(store, recipe, parsed)]) for recipe in DETECTORS]
+    recipe, topology = DETECTORS[0], next(iter(DETECTOR_SLICES.values()))
+    record = store.find(recipe, topology, Settings.of(load(recipe)), True)
+    if not record or not record["fits"]:
+        return [*lines, ""]
+    size = record["bytes"]
+    parts = [
+        _row([part, f"{flops / 1e12:.2f}", f"{moved / 1e9:.1f}", f"{moved / size:.0%}"])
+        for part, (flops, moved) in record["parts"].items()
+    ]
+    moved = "; ".join(f"{count} × {kind}, {total / 1e6:.0f} MB together" for kind, count, total in record["collectives"])
+    return [
+        *lines, tpu_table_text.DETECTOR_PARTS.format(recipe=recipe, collectives=moved, temp=record["temp_bytes"] / chips.GIB),
+        "| part | TFLOP | GB moved | share of GB |\n|---|--:|--:|--:|", *parts, "",
+    ]  # fmt: skip
 
 
 def _row(cells):

@@ -17,7 +17,8 @@ The first command takes any `--config.KEY=VALUE`.
 
 ## How to read the tables
 
-Recipes have the settings of their files, with 4,096 images a step over the slice. Figures are of one device.
+Classifiers have the settings of their files, with 4,096 images a step over the slice. [Detectors](#detectors) have 64.
+Figures are of one device.
 
 | column | meaning |
 |---|---|
@@ -43,6 +44,22 @@ Recipes have the settings of their files, with 4,096 images a step over the slic
 NO_TIMES = "\nNo estimate of time is compiled yet."
 SOME_TIMES = "\nEstimates of time. For the other recipes, none is compiled yet."
 ALL_TIMES = "\nEstimates of time:"
+
+DETECTORS = """\
+## Detectors
+
+Mask R-CNN on COCO at 1024 px, with the settings of the recipes: 64 images a step, 2 on each chip of v5e-32, 4 on each of
+v5e-16. The columns are those above.
+"""
+
+DETECTOR_PARTS = """
+The parts of a step of `{recipe}` on v5e-32, with their gradients. Temporaries take {temp:.2f} GiB.
+Chips exchange gradients, batch statistics and sums of losses alone: {collectives}.
+
+"other" is the optimizer and copies that the compiler makes, most of them between main and on-chip memory. Their names do
+not tell the part, so that the traffic of the parts is a lower bound. A fusion counts for the part that it is named after.
+The rounds of NMS are counted once; a picture takes four to eight.
+"""
 
 FOOTER = """\
 ## How we get the figures, and their limits

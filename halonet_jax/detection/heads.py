@@ -109,7 +109,7 @@ class RPNHead(nn.Module):
                 x = nn.relu(conv(x))
             logits.append(score(x).reshape(x.shape[0], -1))
             deltas.append(box(x).reshape(x.shape[0], -1, 4))
-        return (jnp.concatenate(found, axis=1).astype(jnp.float32) for found in (logits, deltas))
+        return tuple(jnp.concatenate(found, axis=1).astype(jnp.float32) for found in (logits, deltas))
 
 
 class BoxHead(nn.Module):

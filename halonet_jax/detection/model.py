@@ -96,7 +96,12 @@ class MaskRCNN(nn.Module):
     def first_stage(self, images, train: bool):
         """Returns the pyramid's maps, and the logits and deltas of all anchors."""
         maps = self.fpn(self.backbone(images, train), self.backbone.norm(not train))
-        return maps, *self.rpn_head(maps)
+        if self.is_initializing():
+            return maps, *self.rpn_head(maps)
+        # The levels share the parameters. Within a device, their gradients are summed before devices exchange them.
+        head, variables = self.rpn_head.unbind()
+        apply = jax.named_scope("rpn_head")(lambda variables, *maps: head.apply(variables, maps))
+        return maps, *per_device(apply, *maps, whole=variables)
 
     def align(self, maps, rois, size: int):
         """Returns the features of regions `[B, R, 4]`: `[B, R, size, size, C]`."""
@@ -222,7 +227,7 @@ def detect(model: MaskRCNN, params: Any, state: Any, batch: dict) -> Found:
     return model.apply({"params": params, "batch_stats": state}, batch, method="detect")
 
 
-def per_device(run: Callable, *arrays: Any) -> Any:
+def per_device(run: Callable, *arrays: Any, whole: Any = None) -> Any:
     """Calls a function with each device's images. Loops and sorts in it then need no other device.
 
     The images are cut over all axes of the mesh that is set. Where none is set, or the devices do not divide the batch, the
@@ -231,11 +236,15 @@ def per_device(run: Callable, *arrays: Any) -> Any:
     Args:
         run: takes and returns arrays, or trees of them, with the images first.
         *arrays: what `run` is called with.
+        whole: a tree of arrays that every device gets whole. If given, it comes before `arrays`. Its gradient is summed over
+            the devices once, however often `run` uses it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     axes = cut_axes(mesh)
     devices = math.prod(mesh.shape[name] for name in axes)
+    before = () if whole is None else (whole,)
     if devices == 1 or len(jax.tree.leaves(arrays)[0]) % devices:
-        return run(*arrays)
-    cut = jax.shard_map(run, in_specs=P(axes), out_specs=P(axes), axis_names=set(axes), check_vma=False)
-    return cut(*arrays)
+        return run(*before, *arrays)
+    in_specs = (*(P() for _ in before), *(P(axes) for _ in arrays))
+    cut = jax.shard_map(run, in_specs=in_specs, out_specs=P(axes), axis_names=set(axes), check_vma=False)
+    return cut(*before, *arrays)

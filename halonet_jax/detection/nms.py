@@ -39,6 +39,7 @@ def best(scores: jax.Array, count: int, how: str = "top_k") -> tuple[jax.Array, 
     return -negated[:count], order[:count]
 
 
+@jax.named_scope("nms")
 def nms(
     boxes: jax.Array, scores: jax.Array, valid: jax.Array, threshold: float, count: int, labels: jax.Array | None = None
 ) -> Kept:

@@ -27,6 +27,7 @@ class Detections(NamedTuple):
     valid: jax.Array
 
 
+@jax.named_scope("proposals")
 def proposals(
     logits: jax.Array, deltas: jax.Array, anchors: Sequence[jax.Array], size: jax.Array, spec: DetectionSpec, candidates: int
 ) -> tuple[jax.Array, jax.Array]:

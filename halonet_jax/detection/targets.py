@@ -140,6 +140,7 @@ def sample(rng: jax.Array, positive: jax.Array, negative: jax.Array, count: int,
     return Samples(jnp.pad(index, pad), jnp.pad(chosen[index], pad), jnp.pad(score >= 0, pad))
 
 
+@jax.named_scope("anchor_targets")
 def anchor_targets(rng: jax.Array, anchors: jax.Array, objects: Objects, spec: DetectionSpec) -> AnchorTargets:
     """Returns what the region proposal network should predict for an image.
 
@@ -157,6 +158,7 @@ def anchor_targets(rng: jax.Array, anchors: jax.Array, objects: Objects, spec: D
     return AnchorTargets(samples, positive, deltas)
 
 
+@jax.named_scope("roi_targets")
 def roi_targets(
     rng: jax.Array, proposals: jax.Array, valid: jax.Array, objects: Objects, spec: DetectionSpec
 ) -> RoiTargets:  # fmt: skip

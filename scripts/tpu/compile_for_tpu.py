@@ -5,10 +5,11 @@
     python scripts/tpu/compile_for_tpu.py --table [--table_minutes=60]
 
 It compiles the programs that training runs (`halonet_jax.training.programs`). Memory, FLOPs, bytes and collectives are
-known after about a minute, before machine code. The estimate of time needs machine code, which takes five to fifteen
-minutes more; `--quick` leaves it out. Machine code is compiled with `model.scan=True`, because it would take several
-times as long without it. FLOPs do not change with it, memory does. If the train step does not fit, the script searches
-for settings that do.
+known after about a minute (four for a detector), before machine code. For a detector, FLOPs and bytes are also given by
+part. The estimate of time needs machine code, which takes five to fifteen minutes more, and longer for a detector;
+`--quick` leaves it out. Machine code is compiled with `model.scan=True`, because it would take several times as long
+without it. FLOPs do not change with it, memory does. If the train step does not fit, the script searches for settings
+that do.
 
 `--table` compiles the missing rows of docs/tpu_sizing.md, the most important first, and writes the file. You can stop
 it; the next run continues.
@@ -143,6 +144,8 @@ def _report(name: str, record: dict, chip: chips.Chip) -> None:
     )
     for kind, count, size in record["collectives"]:
         print(f"  {kind:14s} {count} times, {size / 1e6:.2f} MB")
+    for part, (flops, size) in record.get("parts", {}).items():
+        print(f"    {part:22s} {flops / 1e12:.3g} TFLOP, {size / 1e9:.3g} GB")
     for loop in record["unknown_loops"]:
         print(f"  warning: {loop} repeats an unknown number of times and is counted once")
     least = chips.roofline_seconds(chip, record["flops"], record["bytes"])

@@ -27,6 +27,21 @@ def test_products_in_nested_loops():
     assert cost.cycles == 0
 
 
+def test_parts_by_scope_add_up():
+    def loss(x, w):
+        with jax.named_scope("first"):
+            x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ w), x)
+        with jax.named_scope("second"):
+            return jnp.square(x @ w).sum()
+
+    x, w = jnp.ones((24, 32)), jnp.ones((32, 32))
+    module = hlo.parse(jax.jit(jax.grad(loss, 1)).lower(x, w).compile().as_text())
+    parts = hlo_cost.by_part(module, {"one": "first", "two": "second", "three": "fir"})
+    product = 2 * 24 * 32 * 32
+    assert [parts[name].flops for name in ("one", "two", "three")] == [9 * product, 3 * product, 0]
+    assert hlo_cost.cost(module) == tuple(map(sum, zip(*parts.values())))
+
+
 def test_a_batched_product_and_its_gradient():
     x, y = jnp.ones((4, 8, 16)), jnp.ones((4, 16, 32))
     product = lambda x, y: jnp.einsum("bij,bjk->bik", x, y).sum()

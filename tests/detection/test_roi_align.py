@@ -83,9 +83,9 @@ def both(form, maps, weights):
 
 
 @pytest.mark.parametrize("sampling", (TPU, DETECTRON2), ids=str)
-def test_equals_the_loop_over_pixels(sampling):
+def test_equals_the_loop_over_pixels(sampling, monkeypatch):
+    monkeypatch.setattr(roi_align, "CHUNK_ROWS", 75)  # three chunks of 23 regions, the last one padded
     maps, rois = pyramid()
-    assert len(rois) > roi_align.CHUNK  # two chunks, the last one padded
     options = dict(strides=STRIDES, size=3, sampling=sampling, base_size=24.0)
     expected = pixel_loop(maps, rois, **options)
     assert set(roi_align.roi_levels(rois, STRIDES, 24).tolist()) == {0, 1, 2}
@@ -107,6 +107,23 @@ def test_equals_onnxruntime(form, samples):
     features = (np.sin(1.7 * y + 0.3) * np.cos(2.1 * x) + 0.1 * x).astype(np.float32)[..., None]
     run = jax.jit(functools.partial(getattr(roi_align, form), strides=(4,), size=2, sampling=Sampling(samples, True, "zero")))
     np.testing.assert_allclose(run((features,), GOLDEN).reshape(-1, 4), ONNXRUNTIME[samples], atol=1e-5)
+
+
+@pytest.mark.parametrize("samples", (1, 3, 0))
+@pytest.mark.parametrize("half_pixel", (False, True))
+def test_coordinates_are_rounded_as_onnxruntimes(samples, half_pixel):
+    """Operation by operation in float32: then features agree on large maps too, where steps of float32 are 1.5e-5 px."""
+    rng, size, f = np.random.default_rng(2), 7, np.float32
+    start = rng.uniform(100, 200, 300).astype(f)
+    end = start + rng.uniform(2, 55, 300).astype(f)
+    at, _ = jax.jit(lambda *ends: roi_align._points(*ends, size, Sampling(samples, half_pixel)))(start, end)
+    at = np.asarray(at)
+    start, end = (x - f(0.5 * half_pixel) for x in (start, end))
+    side = (end - start) / f(size)
+    for r in range(300):
+        count = samples or int(np.ceil(side[r]))
+        for i, k in np.ndindex(size, count):
+            assert at[r, i, k] == start[r] + f(i) * side[r] + f(k + 0.5) * side[r] / f(count)
 
 
 def test_levels():
