@@ -30,13 +30,13 @@ def make(loaded: Loaded, max_pixels: int, min_score: float | None = None) -> "Cl
         min_score: of a detector: objects with a lower score are left out; None: 0.5.
 
     Raises:
-        ConfigError: the page does not serve the model's task, or `min_score` is for a detector.
+        ConfigError: the page does not serve the model's task, or `min_score` is for a detector, or not between 0 and 1.
         DataError: the model is a detector, and pycocotools is not installed.
     """
     task, options = loaded.config.task, loaded.config.data.copy_and_resolve_references()
     options.max_pixels = min(options.max_pixels, max_pixels)
     if task == "detection":
-        return ObjectViewer(loaded, options, detections.DEFAULT_MIN_SCORE if min_score is None else min_score)
+        return ObjectViewer(loaded, options, detections.least_score(min_score))
     if task != "classification":
         raise ConfigError(
             f"the page serves task='classification' and 'detection', and {loaded.folder} was trained for {task!r}; what serves "
@@ -169,7 +169,8 @@ class ObjectViewer:
         found = detections.restore(values, self._names, self._min_score)
         share = min(1.0, _LARGEST_SIDE / max(image.shape[:2]))
         if share < 1:
-            image = cv2.resize(image, None, fx=share, fy=share, interpolation=cv2.INTER_AREA)
+            size = [max(1, round(share * side)) for side in image.shape[1::-1]]  # cv2's own rounding makes a thin side 0
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         shown = [each._replace(box=tuple(share * x for x in each.box)) for each in found]
         return {
             "objects": [

@@ -24,10 +24,11 @@ import jax
 from absl import flags, logging
 
 from halonet_jax import command_line, data
-from halonet_jax.errors import ConfigError, DataError
+from halonet_jax.errors import ConfigError, DataError, StorageError
 from halonet_jax.predicting import classes, detections, running, writers
 from halonet_jax.predicting.progress import Progress
 from halonet_jax.predicting.results import DetectedObject, Detections, Prediction
+from halonet_jax.runtime import storage
 from halonet_jax.runtime import workdir as workdir_lib
 from halonet_jax.training import sharding
 from halonet_jax.weights import Loaded, load
@@ -35,6 +36,7 @@ from halonet_jax.weights import Loaded, load
 __all__ = ["FORMATS", "DetectedObject", "Detections", "Prediction", "predict"]
 FORMATS = writers.FORMATS
 _OPTIONS = {"classification": ("attention", "places", "heads"), "detection": ("min_score", "pictures")}  # of one task alone
+_SPELLED = {"places": "places (--at)"}  # where the flag has another name
 
 
 def predict(
@@ -96,9 +98,7 @@ def _prepare(model, images, top, step, weights, batch_size, options):
     for place in options["places"]:
         if len(place) != 2 or not all(0 <= share <= 1 for share in place):
             raise ConfigError(f"the place {tuple(place)} must be a row and a column between 0 and 1, such as 0.5,0.5")
-    min_score = options["min_score"]
-    if min_score is not None and not 0 <= min_score <= 1:
-        raise ConfigError(f"min_score={min_score:g} must be between 0 and 1, such as 0.5")
+    detections.least_score(options["min_score"])
     source = data.FileSource(images)
     if not isinstance(model, Loaded):
         sharding.use_cpu_cores(batch_size or len(source))
@@ -117,15 +117,16 @@ def _make_kind(model, source, top, options):
             "tasks is halonet_jax.evaluate"
         )
     for other, names in _OPTIONS.items():
-        for name in names if other != task else ():
-            if options[name] not in (None, False, []):
-                raise ConfigError(
-                    f"{name} is for task={other!r}, and {model.folder} was trained for {task!r}; leave {name} out"
-                    + ("; pictures draws what was found" if name == "attention" else "")
-                )
-    folder = lambda flag: running.PictureFolder(options[flag], flag, len(source)) if options[flag] is not None else None
+        given = [_SPELLED.get(name, name) for name in names if other != task and options[name] not in (None, False, [])]
+        if given:  # all at once: some need each other
+            raise ConfigError(
+                f"{' and '.join(given)} {'is' if len(given) == 1 else 'are'} for task={other!r}, and {model.folder} was trained "
+                f"for {task!r}; leave {given[0] if len(given) == 1 else 'them'} out"
+                + ("; pictures draws what was found" if "attention" in given else "")
+            )
+    folder = lambda flag: running.PictureFolder(options[flag], flag, source) if options[flag] is not None else None
     if task == "detection":
-        min_score = detections.DEFAULT_MIN_SCORE if options["min_score"] is None else options["min_score"]
+        min_score = detections.least_score(options["min_score"])
         return detections.ObjectsOfImages(model, source, top, min_score, folder("pictures"))
     draw = None
     if options["attention"] is not None:
@@ -183,29 +184,29 @@ def main(images: list[str]) -> int:
         images: image files and folders.
     """
     f = flags.FLAGS
-    for name in ("at", "heads"):
-        if getattr(f, name) and f.attention is None:
-            raise ConfigError(f"--{name} needs --attention=DIR, the folder for the pictures")
     options = {
         "attention": f.attention, "places": [_place(text) for text in f.at], "heads": f.heads, "min_score": f.min_score,
         "pictures": f.pictures,
     }  # fmt: skip
     arguments = _prepare(f.model, images, f.top, f.step, f.weights, f.batch_size, options)
     loaded, source, kind, _ = arguments
+    for name in ("at", "heads"):  # after the model is known: a detector has no attention pictures
+        if getattr(f, name) and f.attention is None:
+            raise ConfigError(f"--{name} needs --attention=DIR, the folder for the pictures")
     _use_compile_cache(loaded)
-    with contextlib.ExitStack() as stack:
-        out = sys.stdout
-        if f.out is not None:
-            try:
-                out = stack.enter_context(open(f.out, "w", encoding="utf-8", newline=""))
-            except OSError as error:
-                raise DataError(f"--out={f.out} cannot be written ({error.strerror}); give another file") from None
+    return _write(running.run(*arguments), kind.layout, f.format, f.out, source)
+
+
+def _write(results, layout, file_format, path, source):
+    """Writes results to a file, or to stdout where `path` is None. Returns the exit code."""
+    with _open(path, source) as out:
         # File names need not be UTF-8. Their other bytes are written as they are, or, in JSON, as an escape.
-        out.reconfigure(errors="backslashreplace" if f.format == "json" else "surrogateescape")
-        writer, progress, skipped = writers.Writer(out, f.format, kind.layout), Progress(len(source)), 0
+        out.reconfigure(encoding="utf-8", errors="backslashreplace" if file_format == "json" else "surrogateescape")
+        progress, skipped = Progress(len(source)), 0
         logging.get_absl_handler().addFilter(lambda record: progress.clear() or True)  # the loader names broken files
         try:
-            for result in running.run(*arguments):
+            writer = writers.Writer(out, file_format, layout)
+            for result in results:
                 progress.add()
                 if result.error:
                     skipped += 1
@@ -215,10 +216,37 @@ def main(images: list[str]) -> int:
                 writer.add(result)
             writer.close()
         except BrokenPipeError:  # the reader has enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up(out)
             return 0
+        except OSError as error:
+            _give_up(out)
+            remedy = f"({storage.reason(error)}); {storage.remedy(error)}"
+            raise StorageError(f"{path or 'the result'} cannot be written {remedy}") from None
         progress.close(skipped)
     return 1 if skipped else 0
+
+
+def _open(path, source):
+    """The file for the result, or stdout, as a context manager."""
+    if path is None:
+        if sys.stdout is None:
+            raise DataError("stdout is closed; give --out=FILE")
+        return contextlib.nullcontext(sys.stdout)
+    if os.path.exists(path) and any(os.path.samefile(path, source.name(n)) for n in range(len(source))):
+        raise DataError(f"--out={path} would replace that image; give another file")
+    try:
+        return open(path, "w", encoding="utf-8", newline="")
+    except OSError as error:
+        raise DataError(f"--out={path} cannot be written ({error.strerror}); give another file") from None
+
+
+def _give_up(out):
+    """Drops what has not been written, which would fail once more at the end."""
+    if out is sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    else:
+        with contextlib.suppress(OSError):
+            out.close()
 
 
 def _use_compile_cache(loaded):

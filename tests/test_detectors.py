@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import cv2
@@ -18,10 +19,10 @@ from pycocotools import mask as codec
 
 import halonet_jax
 from halonet_jax import data, demo, evaluate, export, exporting, predict
-from halonet_jax.errors import ConfigError, ExportError
+from halonet_jax.errors import ConfigError, DataError, ExportError, StorageError
 from halonet_jax.exporting import checking
 from halonet_jax.exporting import detection as exported_detection
-from halonet_jax.predicting import detections, writers
+from halonet_jax.predicting import detections, running, writers
 from halonet_jax.predicting.results import DetectedObject, Detections
 from halonet_jax.tasks import detection
 
@@ -159,7 +160,8 @@ def test_formats():
     ({"min_score": float("nan")}, "min_score=nan must be between 0 and 1"),
     ({"top": 0}, "top=0 must be at least 1"),
     ({"attention": "x"}, "attention is for task='classification', and .* for 'detection'; leave attention out; pictures draws"),
-    ({"places": [(0.5, 0.5)]}, "places is for task='classification'"),
+    ({"places": [(0.5, 0.5)]}, r"places \(--at\) is for task='classification'"),
+    ({"attention": "x", "heads": True}, "attention and heads are for task='classification', .*; leave them out"),
     ({"heads": True}, "heads is for task='classification'"),
     ({"pictures": "/dev/null/x"}, "cannot be made .* give another --pictures"),
 ])  # fmt: skip
@@ -167,6 +169,48 @@ def test_mistakes(folder, photos, options, message):
     with pytest.raises(ConfigError, match=message) as raised:
         predict.predict(folder, [photos / "0.png"], **options)
     assert "\n" not in str(raised.value)
+
+
+def test_pictures_replace_no_image_and_take_long_names(photos, tmp_path):
+    for name in ("x.png", "1_x.png"):
+        (tmp_path / name).write_bytes((photos / "0.png").read_bytes())
+    source = data.FileSource([tmp_path / "x.png", tmp_path / "1_x.png"])
+    with pytest.raises(ConfigError, match="pictures=.* would replace the image .*1_x.png; give another folder"):
+        running.PictureFolder(str(tmp_path), "pictures", source)
+    pictures = running.PictureFolder(str(tmp_path / "pictures"), "pictures", source)
+    for name in ("a" * 250, "\U0001f600" * 60, "\udcff" * 250):
+        pictures.file(0, f"{name}.jpg").write_bytes(b"")
+
+
+@pytest.fixture
+def source(tmp_path):
+    (tmp_path / "image.png").write_bytes(b"kept")
+    return data.FileSource([tmp_path / "image.png"])
+
+
+@pytest.mark.parametrize("out, error, message", [
+    ("/dev/full", StorageError, r"/dev/full cannot be written \(.*No space left on device\); make room"),
+    ("image.png", DataError, "--out=.*image.png would replace that image; give another file"),
+    ("none/x.json", DataError, "--out=.*x.json cannot be written .* give another file"),
+    (None, DataError, "stdout is closed; give --out=FILE"),
+])  # fmt: skip
+def test_results_that_cannot_be_written(source, tmp_path, monkeypatch, out, error, message):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(error, match=message):
+        predict._write(iter(RESULTS), writers.DetectionLayout(0.5, False), "json", out and str(tmp_path / out), source)
+    assert (tmp_path / "image.png").read_bytes() == b"kept"
+
+
+@pytest.mark.parametrize("file_format", writers.FORMATS)
+def test_stdout_is_utf8_whatever_the_locale(source, monkeypatch, file_format):
+    written, name = io.BytesIO(), "\u65e5\U0001f600\udcff"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    results = [Detections(name, (OBJECT,), 48, 64)]
+    assert predict._write(iter(results), writers.DetectionLayout(0.5, False), file_format, None, source) == 0
+    if file_format == "json":
+        assert json.loads(written.getvalue().decode())[0]["file"] == name
+    else:
+        assert name.encode(errors="surrogateescape") in written.getvalue()
 
 
 def test_the_command(photos, tmp_path, monkeypatch):
@@ -275,6 +319,10 @@ def test_the_page_shows_objects(folder, found, photos):
     np.testing.assert_allclose([each["score"] for each in answer["objects"]], [each.score for each in expected], atol=1e-5)
     assert all(re.fullmatch("#[0-9a-f]{6}", each["color"]) for each in answer["objects"])
     assert answer["picture"].startswith("data:image/png;base64,") and answer["layers"] == [] and answer["min_score"] == 0.3
+    thin = cv2.imencode(".png", np.zeros((1, 5000, 3), np.uint8))[1].tobytes()  # smaller on the page
+    assert page.post("/classify", content=thin).status_code == 200
+    with pytest.raises(ConfigError, match="min_score=nan must be between 0 and 1"):
+        demo.make_app(halonet_jax.load(folder), min_score=float("nan"))
     for content, message in ((b"", "the file is empty"), (b"text", "no JPEG, PNG, WebP or BMP image")):
         answer = page.post("/classify", content=content)
         assert answer.status_code == 400 and message in answer.json()["error"]

@@ -205,7 +205,7 @@ def test_mistakes_are_told_before_the_first_image(loaded, photos, images, option
 
 @pytest.mark.parametrize(
     "arguments, message",
-    [((), "give image files or folders after the flags"), (("x.png", "--at=1,1"), "--at needs --attention=DIR")],
+    [((), "give image files or folders after the flags"), (("README.md", "--at=1,1"), "--at needs --attention=DIR")],
     ids=["nothing", "at"],
 )
 def test_mistakes_in_the_command_are_one_line(workdir, arguments, message):

@@ -11,7 +11,7 @@ import numpy as np
 
 from halonet_jax import data, detection_pictures
 from halonet_jax.data import masks, restoring
-from halonet_jax.errors import StorageError
+from halonet_jax.errors import ConfigError, StorageError
 from halonet_jax.predicting.results import DetectedObject, Detections
 from halonet_jax.predicting.running import PictureFolder
 from halonet_jax.predicting.writers import DetectionLayout
@@ -20,6 +20,20 @@ from halonet_jax.weights import Loaded
 
 DEFAULT_MIN_SCORE = 0.5
 _FIELDS = ("boxes", "scores", "classes", "valid", "masks")
+
+
+def least_score(given: float | None) -> float:
+    """Returns the score that objects need.
+
+    Args:
+        given: by the user; None: the default.
+
+    Raises:
+        ConfigError: it is not between 0 and 1.
+    """
+    if given is not None and not 0 <= given <= 1:
+        raise ConfigError(f"min_score={given:g} must be between 0 and 1, such as {DEFAULT_MIN_SCORE:g}")
+    return DEFAULT_MIN_SCORE if given is None else given
 
 
 class Detector:

@@ -1,5 +1,6 @@
 """Takes image files through a model, in batches that are loaded in the background, as in evaluation."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,7 @@ from halonet_jax.training import sharding
 from halonet_jax.weights import Loaded
 
 _LARGEST_BATCH = 64  # per device: more is no faster, and takes memory
+_LONGEST_STEM = 50  # characters: file systems take 255 bytes, a character has up to 4, and the number comes on top
 
 
 class Kind(Protocol):
@@ -46,11 +48,11 @@ def batch_size(loaded: Loaded, count: int, given: int | None) -> int:
     Args:
         loaded: the model.
         count: of the images.
-        given: by the user; None: as in the run's evaluation.
+        given: by the user; None: as in the run's evaluation. More than there are images would be padding.
     """
     devices = jax.device_count()
     usual = min(loaded.config.eval_batch_size or loaded.config.batch_size, _LARGEST_BATCH * devices)
-    return -(-(given or min(usual, count)) // devices) * devices
+    return -(-min(given or usual, count) // devices) * devices
 
 
 def run(loaded: Loaded, source: data.FileSource, kind: Kind, batch_size: int) -> Iterator[Any]:
@@ -99,14 +101,19 @@ class PictureFolder:
     Args:
         path: of the folder.
         flag: that names it, for messages.
-        count: of the images.
+        source: the images.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or a picture would replace one of the images.
     """
 
-    def __init__(self, path: str, flag: str, count: int):
-        self._path, self._digits = Path(path), len(str(count))
+    def __init__(self, path: str, flag: str, source: data.FileSource):
+        self._path, self._digits = Path(path), len(str(len(source)))
+        names = [source.name(n) for n in range(len(source))]
+        images = set(map(os.path.realpath, names))
+        for number, name in enumerate(names):
+            if os.path.realpath(self.file(number, name)) in images:
+                raise ConfigError(f"{flag}={path} would replace the image {self.file(number, name)}; give another folder")
         try:
             self._path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -119,4 +126,4 @@ class PictureFolder:
             number: of the image, from 0.
             name: its path.
         """
-        return self._path / f"{number + 1:0{self._digits}d}_{Path(name).stem}.png"
+        return self._path / f"{number + 1:0{self._digits}d}_{Path(name).stem[:_LONGEST_STEM]}.png"
