@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging as python_logging
+import math
 import os
 import select
 import sys
@@ -155,6 +156,10 @@ def _parse(argv, required_flags, positional):
         raise UsageError(f"the config has no key {_unknown_key(error)}") from None
     if len(rest) > 1 and not positional:
         raise UsageError(f"unknown argument {rest[1]!r}; flags look like --name=value")
+    for name in flags.FLAGS:
+        value = flags.FLAGS[name].value
+        if isinstance(value, float) and not math.isfinite(value):  # absl's ranges let NaN pass
+            raise UsageError(f"--{name}={value} is not a finite number; {flags.FLAGS[name].help}")
     for name in required_flags:
         if flags.FLAGS[name].value is None:
             raise UsageError(f"--{name} is missing: {flags.FLAGS[name].help}")

@@ -41,7 +41,7 @@ _SPELLED = {"places": "places (--at)"}  # where the flag has another name
 
 def predict(
     model: str | Loaded,
-    images: Iterable[str],
+    images: Iterable[str] | str,
     top: int | None = None,
     *,
     step: int | str = "latest",
@@ -62,7 +62,7 @@ def predict(
 
     Args:
         model: path as of `halonet_jax.load`, or what that returned.
-        images: image files and folders, as of `halonet_jax.data.FileSource`.
+        images: image files and folders, or a single one, as of `halonet_jax.data.FileSource`.
         top: classes per image, or most objects per image. None: five classes, and all objects that have `min_score`.
         step: as of `halonet_jax.load`.
         weights: as of `halonet_jax.load`.

@@ -1,4 +1,4 @@
-"""How every entry ends when its output cannot be written."""
+"""How every entry ends when its output cannot be written, or a number is none."""
 
 import os
 import subprocess
@@ -26,3 +26,10 @@ def test_output_that_nobody_takes(output, size, code, message):
     done = subprocess.run(command, cwd=ROOT, env=environment(), stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert (done.returncode, done.stderr.count("\n")) == (code, bool(message)) and done.stderr.startswith(message)
+
+
+def test_a_flag_that_is_no_number():
+    program = "from absl import flags; flags.DEFINE_float('share', 0.5, 'A share.', 0, 1); " + PROGRAM.format(size=1)
+    command = [sys.executable, "-c", program, "--share=nan"]  # within absl's range
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: --share=nan is not a finite number; A share.\n")

@@ -185,7 +185,7 @@ def test_pictures_replace_no_image_and_take_long_names(photos, tmp_path):
 @pytest.fixture
 def source(tmp_path):
     (tmp_path / "image.png").write_bytes(b"kept")
-    return data.FileSource([tmp_path / "image.png"])
+    return data.FileSource(tmp_path / "image.png")
 
 
 @pytest.mark.parametrize("out, error, message", [
@@ -303,6 +303,13 @@ def test_what_counts_as_the_same_objects(changes, problem, folder):
     assert difference.problem.startswith(problem) and bool(difference.problem) == bool(problem)
     exact = exported_detection.INTERFACE.compare(outputs(), outputs(**changes), task, 0.0)
     assert (exact.error == 0) == (not changes)
+
+
+def test_an_export_that_finds_nothing_is_wrong(folder):
+    one, none = outputs(valid=np.arange(20)[None] < 1), outputs(valid=np.zeros((1, 20), bool))
+    task = halonet_jax.load(folder).task
+    assert "1 of 1 have no counterpart" in exported_detection.INTERFACE.compare(one, none, task, 1e-4).problem
+    assert not exported_detection.INTERFACE.compare(none, none, task, 1e-4).problem
 
 
 # --- the page

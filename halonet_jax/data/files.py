@@ -17,7 +17,7 @@ class FileSource:
     as in an image folder for training (see `folder_walk`). A file that is named itself counts whatever its extension is.
 
     Args:
-        paths: files and folders, in the order of the result; "~" is expanded.
+        paths: files and folders, in the order of the result, or a single one; "~" is expanded.
 
     Attributes:
         class_names: empty.
@@ -28,8 +28,9 @@ class FileSource:
 
     class_names: tuple[str, ...] = ()
 
-    def __init__(self, paths: Iterable[str | os.PathLike]):
+    def __init__(self, paths: Iterable[str | os.PathLike] | str | os.PathLike):
         self._files: list[str] = []
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths  # a string is not one path a letter
         for path in map(os.path.expanduser, map(os.fspath, paths)):
             if os.path.isdir(path):
                 self._files += _files_below(path)

@@ -72,15 +72,16 @@ def _compare(expected, found, task, tolerance):
     if not tolerance:
         errors = [np.abs(found[name].astype(np.float64) - ours).max() for name, ours in expected.items()]
         return Difference(float(np.max(errors)), compared=objects)  # NaN stays
-    lone, error = 0, 0.0
+    lone, paired, error = 0, 0, 0.0
     for n in range(len(expected["valid"])):
         ours, theirs = ({name: x[n][outputs["valid"][n]] for name, x in outputs.items()} for outputs in (expected, found))
         for these, those in ((ours, theirs), (theirs, ours)):
             nearest = _nearest(these, those, task.transform(False).fields["image"].shape[0])
             lone += int((~(nearest <= tolerance)).sum())
+            paired += int((nearest <= tolerance).sum())
             error = max(error, nearest[nearest <= tolerance].max(initial=0.0))
-    if lone > 2 * max(1, _ALONE * objects):
-        return Difference(np.inf, problem=f"finds other objects: {lone // 2} of {objects} have no counterpart")
+    if lone > 2 * max(1, _ALONE * objects) or (objects and not paired):
+        return Difference(np.inf, problem=f"finds other objects: {-(-lone // 2)} of {objects} have no counterpart")
     return Difference(float(error), compared=objects)
 
 
