@@ -1,10 +1,12 @@
 """A detector on a data set of COCO's layout, trained and evaluated over two processes: exact counts, and one process's results.
+`predict` and an export give the same.
 
 The split's ids and names are its own, and its last batch is ragged.
 """
 
 import csv
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import small_detector
 import toy_coco
 from entries import command, join_flags, metrics, start, wait_for
 
-from halonet_jax import evaluate
+from halonet_jax import evaluate, export, predict
 from halonet_jax.tasks import detection
 
 ENTRY = "tests/small_detector.py"
@@ -36,7 +38,7 @@ def evaluated(workdir):
     return found, detections, list(csv.DictReader(stem.with_name(f"{stem.name}_per_class.csv").open()))
 
 
-def test_two_processes_train_and_evaluate_like_one(tmp_path, monkeypatch):
+def test_two_processes_train_and_evaluate_like_one_which_predicts_and_exports(tmp_path, monkeypatch):
     root, workdir = tmp_path / "coco", tmp_path / "run"
     toy_coco.write(root, ["learn"], toy_coco.content(3, images=10))
     truth = toy_coco.content(4, images=10)
@@ -74,3 +76,16 @@ def test_two_processes_train_and_evaluate_like_one(tmp_path, monkeypatch):
         shares = [float(row[key]) for row in rows if row[key]]
         assert np.mean(shares) == pytest.approx(found[key], abs=1e-12)
     assert their_rows[0].keys() == rows[0].keys() == {"class", "objects", "box_ap", "box_ap50", "mask_ap", "mask_ap50"}
+
+    category_of = {c["name"]: c["id"] for c in truth["categories"]}
+    predicted = [
+        (int(Path(image.file).stem), category_of[each.name], list(each.box), each.score, each.mask["counts"])
+        for image in predict.predict(str(workdir), [root / "check"], min_score=0)
+        for each in image.objects
+    ]
+    assert sorted(predicted) == sorted(
+        (d["image_id"], d["category_id"], d["bbox"], d["score"], d["segmentation"]["counts"]) for d in their_detections
+    )
+    export.export(str(workdir), tmp_path / "exported", log=lambda line: None)
+    of_export = evaluate.evaluate(model=str(tmp_path / "exported"), data_dir=str(root))
+    assert {key: of_export[key] for key in keys} == {key: alone[key] for key in keys}
