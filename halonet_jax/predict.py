@@ -130,7 +130,7 @@ def _make_kind(model, source, top, options):
         return detections.ObjectsOfImages(model, source, top, min_score, folder("pictures"))
     draw = None
     if options["attention"] is not None:
-        draw = classes.AttentionPictures(model, folder("attention"), options["places"], options["heads"])
+        draw = classes.AttentionPictures(model, lambda: folder("attention"), options["places"], options["heads"])
     return classes.Classes(model, top or classes.DEFAULT_TOP, draw)
 
 

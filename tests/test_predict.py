@@ -203,6 +203,13 @@ def test_mistakes_are_told_before_the_first_image(loaded, photos, images, option
         predict.predict(loaded, [name.format(folder=photos) for name in images], **options)
 
 
+def test_a_model_without_attention_leaves_no_folder(loaded, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(loaded.model.backbone), "attention_layers", lambda *_: [])
+    with pytest.raises(errors.ConfigError, match="without attention to draw; leave --attention out"):
+        predict.predict(loaded, photos / "a.png", attention=str(tmp_path / "pictures"))
+    assert not (tmp_path / "pictures").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [((), "give image files or folders after the flags"), (("README.md", "--at=1,1"), "--at needs --attention=DIR")],

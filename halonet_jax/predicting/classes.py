@@ -1,6 +1,6 @@
 """Classifiers: the classes of an image, and pictures of what the model attends to."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -61,7 +61,7 @@ class AttentionPictures:
 
     Args:
         loaded: the model.
-        folder: for the pictures.
+        make_folder: makes the folder for the pictures, once it is sure that there will be some.
         places: queries, (row, column) as shares of the crop; none: where the model's map is strongest.
         heads: whether to draw each head.
 
@@ -69,11 +69,13 @@ class AttentionPictures:
         ConfigError: the model has no attention, or is none of `halonet_jax.models`.
     """
 
-    def __init__(self, loaded: Loaded, folder: PictureFolder, places: Sequence[tuple[float, float]], heads: bool):
+    def __init__(
+        self, loaded: Loaded, make_folder: Callable[[], PictureFolder], places: Sequence[tuple[float, float]], heads: bool
+    ):
         self._capture = attention_maps.Capture(loaded)
         if not loaded.model.backbone.attention_layers(32, 32):
             raise ConfigError(f"{loaded.folder} is a model of convolutions, without attention to draw; leave --attention out")
-        self._folder, self._places, self._heads = folder, places, heads
+        self._folder, self._places, self._heads = make_folder(), places, heads
 
     def __call__(self, number: int, name: str, image: np.ndarray, best: tuple[str, float]) -> str:
         """Draws one picture and returns its path.
